@@ -1,0 +1,86 @@
+"""freezekit makes frozen mean frozen in PyTorch, and proves it.
+
+The names below are loaded on first use (PEP 562), so that the command line, which audits checkpoints
+without torch, starts at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "DriftAuditor": "freezekit.audit.monitor",
+    "DriftReport": "freezekit.audit.findings",
+    "Finding": "freezekit.audit.findings",
+    "Freeze": "freezekit.freezing.freeze",
+    "Selection": "freezekit.freezing.selection",
+    "audit_checkpoint": "freezekit.audit.files",
+    "find_backbone": "freezekit.freezing.selection",
+    "freeze": "freezekit.freezing.freeze",
+    "freeze_backbone": "freezekit.freezing.freeze",
+    "is_frozen": "freezekit.freezing.freeze",
+    "trainable_parameters": "freezekit.freezing.freeze",
+    "unfreeze": "freezekit.freezing.freeze",
+    "CheckpointError": "freezekit.errors",
+    "DriftError": "freezekit.errors",
+    "DriftWarning": "freezekit.errors",
+    "FreezekitError": "freezekit.errors",
+    "SelectionError": "freezekit.errors",
+    "nn": "freezekit",
+}
+
+__all__ = [
+    "CheckpointError",
+    "DriftAuditor",
+    "DriftError",
+    "DriftReport",
+    "DriftWarning",
+    "Finding",
+    "Freeze",
+    "FreezekitError",
+    "Selection",
+    "SelectionError",
+    "audit_checkpoint",
+    "find_backbone",
+    "freeze",
+    "freeze_backbone",
+    "is_frozen",
+    "nn",
+    "trainable_parameters",
+    "unfreeze",
+]
+
+if TYPE_CHECKING:
+    from freezekit import nn
+    from freezekit.audit.files import audit_checkpoint
+    from freezekit.audit.findings import DriftReport, Finding
+    from freezekit.audit.monitor import DriftAuditor
+    from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
+    from freezekit.freezing.freeze import (
+        Freeze,
+        freeze,
+        freeze_backbone,
+        is_frozen,
+        trainable_parameters,
+        unfreeze,
+    )
+    from freezekit.freezing.selection import Selection, find_backbone
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'freezekit' has no attribute {name!r}")
+    if home == __name__:
+        value = importlib.import_module(f"freezekit.{name}")
+    else:
+        value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

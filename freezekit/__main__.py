@@ -1,0 +1,5 @@
+"""``python -m freezekit``."""
+
+from freezekit.cli import main
+
+main()

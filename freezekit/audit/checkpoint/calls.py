@@ -1,0 +1,127 @@
+"""What a call in a pickle becomes: a container, a tensor's description, something inert, or a refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from freezekit.audit.checkpoint.container import printable
+from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, TensorRef
+from freezekit.audit.checkpoint.rebuild import rebuild
+from freezekit.audit.checkpoint.verdicts import is_harmful, is_weapon
+from freezekit.errors import CheckpointError
+
+__all__ = ["as_tuple", "call", "fill"]
+
+_DICTS = {
+    GlobalRef("collections", "OrderedDict"),
+    GlobalRef("collections", "defaultdict"),
+    GlobalRef("collections", "Counter"),
+    GlobalRef("builtins", "dict"),
+}
+_SEQUENCES = {GlobalRef("builtins", name) for name in ("list", "tuple", "set", "frozenset")}
+_NEW_OBJECT = {GlobalRef("copyreg", name) for name in ("_reconstructor", "__newobj__", "__newobj_ex__")}
+_FROM_TYPE = {
+    GlobalRef(module, name)
+    for module in ("torch._tensor", "torch.tensor", "torch._utils")
+    for name in ("_rebuild_from_type", "_rebuild_from_type_v2")
+}
+
+
+def call(function: Any, given: Any, plain: bool) -> Any:
+    """Return what stands for the result of a call.
+
+    Args:
+        function: what the pickle would call.
+        given: with what.
+        plain: whether the pickle was not written by ``torch.save``.
+
+    Raises:
+        CheckpointError: the call could do harm.
+    """
+    args = as_tuple(given)
+    # each turn unwraps one layer, so that a file cannot make this recurse
+    is_parameter = False
+    while isinstance(function, GlobalRef):
+        if function in _FROM_TYPE and len(args) >= 3:
+            is_parameter |= args[1] == GlobalRef("torch.nn.parameter", "Parameter")
+            function, args = args[0], as_tuple(args[2])
+        elif function in _NEW_OBJECT and args:
+            function, args = args[0], args[1:]
+        else:
+            break
+    if not isinstance(function, GlobalRef):
+        maker = function.made_by if isinstance(function, Opaque) else None
+        raise _harm(f"the result of {maker}" if maker else "something computed", args)
+    made = _plain_data(function, args)
+    if made is None:
+        made = rebuild(function, args)
+    if made is None:
+        _judge(function, args, plain)
+        return Opaque(function, args)
+    return replace(made, is_parameter=True) if is_parameter and isinstance(made, TensorRef) else made
+
+
+def as_tuple(args: Any) -> tuple[Any, ...]:
+    """Return a call's arguments, which must be a sequence."""
+    if not isinstance(args, tuple | list):
+        raise TypeError("a call's arguments are no tuple")
+    return tuple(args)
+
+
+def fill(target: dict[Any, Any], pairs: Iterable[Any]) -> None:
+    """Set items, under keys whose hash can neither recurse nor be made to collide."""
+    for key, value in pairs:
+        plain = key is None or type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**60)
+        target[key if plain else Key(key)] = value
+
+
+def _plain_data(function: GlobalRef, args: tuple[Any, ...]) -> Any:
+    """Return a real container where the call makes one, or ``None``."""
+    if function in _DICTS:
+        made: dict[Any, Any] = {}
+        last = args[-1] if args else None  # a defaultdict's first argument is its factory
+        if isinstance(last, dict):
+            made.update(last)
+        elif isinstance(last, list | tuple):
+            fill(made, last)
+        elif isinstance(last, GlobalRef) and is_weapon(last):
+            raise _harm(str(last), ())
+        return made
+    if function in _SEQUENCES:
+        return list(args[0]) if args and isinstance(args[0], list | tuple) else []
+    if function == GlobalRef("torch", "Size"):
+        return args[0] if args and isinstance(args[0], tuple | list) else ()
+    return None
+
+
+def _judge(function: GlobalRef, args: tuple[Any, ...], plain: bool) -> None:
+    handed = next((arg for arg in args if isinstance(arg, GlobalRef) and is_weapon(arg)), None)
+    if handed is not None:
+        raise _harm(str(handed), ())
+    if plain and str(function) == "torch.storage._load_from_bytes":
+        return
+    if is_harmful(function) and not _only_a_type(function, args):
+        raise _harm(str(function), args)
+
+
+def _only_a_type(function: GlobalRef, args: tuple[Any, ...]) -> bool:
+    """Tell whether a call only names a type: ``type(None)``, ``list[int]``, a nested class by ``getattr``."""
+    if str(function) == "builtins.type":
+        return len(args) == 1 and args[0] is None
+    if str(function) == "operator.getitem" and len(args) == 2 and isinstance(args[0], GlobalRef):
+        return args[0].module in ("typing", "collections.abc", "builtins") and "." not in args[0].name
+    # what getattr gives is opaque, and calling what is opaque is refused
+    if str(function) == "builtins.getattr" and len(args) == 2 and isinstance(args[1], str):
+        return isinstance(args[0], GlobalRef | Opaque) and not args[1].startswith("__")
+    return False
+
+
+def _harm(name: str, args: tuple[Any, ...]) -> CheckpointError:
+    first = args[0] if args else None
+    shown = repr(printable(first, 60)) if isinstance(first, str) else ("…" if args else "")
+    return CheckpointError(
+        f"loading it would run {printable(name)}({shown}); nothing was executed",
+        remedy="do not load this file with torch.load(weights_only=False); get a safe copy (safetensors)",
+    )

@@ -1,0 +1,244 @@
+"""Opens an untrusted file safely and tells what it is by its content, never by its name."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from freezekit.errors import CheckpointError
+
+__all__ = ["Kind", "SourceFile", "guarded", "printable", "sniff"]
+
+Kind = Literal["zip", "legacy", "safetensors", "unknown"]
+
+#: torch's mark of its pre-1.6 format, 0x1950a86a20f9469cfc6c, as pickle protocols 2 and up write it, and 1
+_LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", b"L119547037146038801333356L\n.")
+_DOWNLOAD = "download or copy the file again"
+
+#: what a file that is no checkpoint starts with, what to call it, what to do instead
+_OTHER_FORMATS: tuple[tuple[int, bytes, str, str], ...] = (
+    (0, b"version https://git-lfs", "a git-LFS pointer, not the file itself", "run `git lfs pull`"),
+    (0, b"PK\x05\x06", "an empty zip archive", "save the checkpoint again"),
+    (0, b"\x1f\x8b", "compressed with gzip", "unpack it first (gunzip, tar xzf) and give the file inside"),
+    (0, b"BZh", "compressed with bzip2", "unpack it first (bunzip2) and give the file inside"),
+    (0, b"\xfd7zXZ\x00", "compressed with xz", "unpack it first (unxz) and give the file inside"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first (unzstd) and give the file inside"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first and give the file inside"),
+    (0, b"Rar!\x1a\x07", "a rar archive", "unpack it first and give the file inside"),
+    (257, b"ustar", "a tar archive", "unpack it first (tar xf) and give the file inside"),
+    (
+        0,
+        b"\x89HDF\r\n\x1a\n",
+        "an HDF5 file (Keras, h5py)",
+        "convert it to a PyTorch state dict or safetensors",
+    ),
+    (0, b"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file it was converted from"),
+    (0, b"\x93NUMPY", "a numpy array (.npy)", "save a state dict with torch.save or safetensors"),
+    (4, b"TFL3", "a TensorFlow Lite model", "use the PyTorch checkpoint it was exported from"),
+)
+
+
+def printable(text: str, limit: int = 80) -> str:
+    r"""Return untrusted text safe for a terminal: escaped where it does not print, and not too long.
+
+    Control characters, ESC, newlines, bidi controls and lone surrogates are escaped as in a Python string.
+
+    >>> printable("a\x1b[31mb\n\u202e"), printable("x" * 100, limit=5)
+    ('a\\x1b[31mb\\n\\u202e', 'xxxxx…')
+    """
+    pieces: list[str] = []
+    room = limit
+    for char in text:  # one by one, so that a text of 100 MB costs no more than its first characters
+        piece = char if char.isprintable() else ascii(char)[1:-1]
+        room -= len(piece)
+        if room < 0:
+            pieces.append("…")
+            break
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@contextmanager
+def guarded(where: str) -> Iterator[None]:
+    """Let nothing but a :class:`CheckpointError` that says where out of a block that reads a file.
+
+    Args:
+        where: the file, printable.
+
+    Raises:
+        CheckpointError: in place of whatever was raised inside.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        if error.where is not None:
+            raise
+        raise CheckpointError(error.what, where=where, got=error.got, remedy=error.remedy) from None
+    except FileNotFoundError as error:
+        raise CheckpointError("no such file", where=where, remedy="check the path") from error
+    except PermissionError as error:
+        remedy = "check its permissions"
+        raise CheckpointError("no permission to read it", where=where, remedy=remedy) from error
+    except OSError as error:
+        got = printable(error.strerror or type(error).__name__)
+        raise CheckpointError("the system cannot read it", where=where, got=got) from error
+    except MemoryError as error:
+        raise CheckpointError("not enough memory to read it", where=where) from error
+    except Exception as error:  # a hostile file's whole art is the exception nobody thought of
+        got = f"{type(error).__name__}: {printable(str(error), 120)}"
+        what = "damaged, or not a checkpoint"
+        raise CheckpointError(what, where=where, got=got, remedy=_DOWNLOAD) from error
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A regular file as it was when first opened; each later read checks that it still is that file.
+
+    Args:
+        path: absolute path, to open it again.
+        source: the path as given.
+        identity: device, inode, size and modification time in ns.
+    """
+
+    path: str
+    source: str
+    identity: tuple[int, int, int, int]
+
+    @classmethod
+    def at(cls, path: str) -> SourceFile:
+        """Look at a path, and refuse what is not a regular file or has nothing in it."""
+        descriptor, identity = _open_regular(path)
+        os.close(descriptor)
+        if identity[2] == 0:
+            raise CheckpointError("an empty file", got="0 bytes", remedy=_DOWNLOAD)
+        return cls(os.path.abspath(path), path, identity)
+
+    @property
+    def shown(self) -> str:
+        """The path as given, printable."""
+        return printable(self.source, 1000)
+
+    @property
+    def size(self) -> int:
+        """Size in bytes."""
+        return self.identity[2]
+
+    @contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Open it again, and check before and after that it is unchanged."""
+        descriptor, identity = _open_regular(self.path)
+        with os.fdopen(descriptor, "rb") as stream:
+            self._check(identity)
+            yield stream
+            self._check(_identity(os.fstat(stream.fileno())))
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes at ``offset``."""
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise CheckpointError(
+                "truncated or damaged: something in it lies beyond its end",
+                got=f"bytes {offset} to {offset + length} of {self.size}",
+                remedy=_DOWNLOAD,
+            )
+        with self.open() as stream:
+            stream.seek(offset)
+            data = stream.read(length)
+        if len(data) != length:
+            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+        return data
+
+    def _check(self, identity: tuple[int, int, int, int]) -> None:
+        if identity != self.identity:
+            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_regular(path: str) -> tuple[int, tuple[int, int, int, int]]:
+    # non-blocking, or opening a FIFO that nobody writes to would wait for ever
+    flags = os.O_RDONLY
+    for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each is missing on some system
+        flags |= getattr(os, name, 0)
+    if os.path.isdir(path):  # asked first because Windows does not open a directory at all
+        raise _directory(path)
+    descriptor = os.open(path, flags)
+    status = os.fstat(descriptor)  # of what was opened: the path may name something else by now
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        remedy = "give the checkpoint file itself"
+        raise CheckpointError("not a regular file", got=_file_type(status.st_mode), remedy=remedy)
+    return descriptor, _identity(status)
+
+
+def _file_type(mode: int) -> str:
+    kinds = ((stat.S_ISFIFO, "a FIFO"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+    return next(
+        (name for test, name in kinds if test(mode)), "a directory" if stat.S_ISDIR(mode) else "a socket"
+    )
+
+
+def _directory(path: str) -> CheckpointError:
+    names = sorted(os.listdir(path))
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return CheckpointError(
+            "a torch.distributed.checkpoint folder, not supported yet",
+            remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE; give FILE",
+        )
+    inside = [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))]
+    remedy = (
+        f"give a file inside it, such as {printable(inside[0])}" if inside else "give the checkpoint file"
+    )
+    return CheckpointError("not a regular file", got="a directory", remedy=remedy)
+
+
+def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
+    """Tell a file's format by its first bytes.
+
+    Args:
+        file: the file.
+        stream: the same, open and at its start; it is left there.
+
+    Returns:
+        The format, or ``"unknown"`` where only a pickle scan can tell.
+
+    Raises:
+        CheckpointError: it is a known format that holds no PyTorch tensors.
+    """
+    head = stream.read(4096)
+    stream.seek(0)
+    if head.startswith(b"PK\x03\x04"):
+        return "zip"
+    if any(magic in head[:40] for magic in _LEGACY_MAGIC):
+        return "legacy"
+    # the header's length comes first: eight bytes that are no text, or it is JSON with a brace at that place
+    if head[8:9] == b"{" and not (head[:8].isascii() and head[:8].decode("ascii").isprintable()):
+        return "safetensors"
+    for offset, magic, name, remedy in _OTHER_FORMATS:
+        if head.startswith(magic, offset):
+            raise CheckpointError(f"not supported: {name}", remedy=remedy)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"<"):
+        what = "an HTML or XML page, not a checkpoint: probably an error page saved in its place"
+        raise CheckpointError(what, got=repr(printable(text[:40].decode("latin-1"))), remedy=_DOWNLOAD)
+    if text.startswith((b"{", b"[")) and (json := _json_page(text)) is not None:
+        raise json
+    if head[0] == 0x08 and 1 <= head[1:2].ljust(1)[0] <= 32 and head[2:3] in (b"\x12", b"\x1a", b":", b"B"):
+        remedy = "use the PyTorch checkpoint it was exported from"
+        raise CheckpointError("not supported: a protobuf file (ONNX)", remedy=remedy)
+    return "unknown"
+
+
+def _json_page(text: bytes) -> CheckpointError | None:
+    if b'"weight_map"' in text:
+        return CheckpointError("an index of shards, not the tensors", remedy="give one shard at a time")
+    # neither bracket is a pickle's opcode, so text that starts with one is no pickle either
+    if not text[:64].decode("latin-1").replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
+        return None
+    what = "JSON, not a checkpoint: probably an error message saved in its place"
+    return CheckpointError(what, got=repr(printable(text[:40].decode("latin-1"))), remedy=_DOWNLOAD)

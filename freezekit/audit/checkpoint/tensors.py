@@ -1,0 +1,211 @@
+"""From a tensor's description to its bytes: every bound is checked before anything is allocated."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NoReturn
+
+import numpy as np
+
+from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
+from freezekit.audit.checkpoint.inert import StorageRef, TensorRef
+from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
+from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
+from freezekit.errors import CheckpointError
+
+__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "make_tensor", "unreadable"]
+
+MAX_RANK = 64
+MAX_NUMEL = 2**40
+#: a tensor may repeat its storage's elements this often ...
+_MAX_REPEATS = 16
+#: ... unless it is this small anyway
+_SMALL_NUMEL = 2**24
+#: a storage up to this size is read whole once, for its checksum, even if only a slice is asked for
+_CHECK_WHOLE_BYTES = 16 * 2**20
+
+
+@dataclass(slots=True)
+class StoredBytes:
+    """A storage's place in a file.
+
+    Args:
+        file: the file.
+        key: what the file calls the storage.
+        offset: where its bytes start.
+        nbytes: how many there are.
+        crc: their CRC-32, or ``None`` where the file has none.
+        swapped: whether the elements are big-endian.
+    """
+
+    file: SourceFile
+    key: str
+    offset: int
+    nbytes: int
+    crc: int | None = None
+    swapped: bool = False
+    _checked: bool = field(default=False, init=False)
+
+    def read(self, start: int, length: int, tensor: str) -> bytes:
+        """Read a slice for a tensor, checking the checksum the first time."""
+        worth_it = self.nbytes <= _CHECK_WHOLE_BYTES or length == self.nbytes
+        if self.crc is None or self._checked or not worth_it:
+            return self.file.pread(self.offset + start, length)
+        whole = self.file.pread(self.offset, self.nbytes)
+        if zlib.crc32(whole) != self.crc:
+            whose = f"storage {printable(self.key)} (tensor {printable(tensor)})"
+            raise CheckpointError(
+                f"damaged: checksum of {whose} does not match",
+                got=f"{zlib.crc32(whole):08x} instead of {self.crc:08x}",
+                remedy="download or copy the file again",
+            )
+        self._checked = True
+        return whole if length == self.nbytes else whole[start : start + length]
+
+
+def make_tensor(
+    name: str, ref: TensorRef, find: Callable[[StorageRef], StoredBytes], file: SourceFile, role: Role | None
+) -> TensorState:
+    """Check a tensor's description and make it readable.
+
+    Args:
+        name: its key.
+        ref: what the pickle says of it.
+        find: finds a storage in the file.
+        file: the file, for messages.
+        role: what it is for, where the file tells.
+
+    Raises:
+        CheckpointError: its description is impossible.
+    """
+    dtype = printable(ref.dtype)
+    if role is None:
+        role = "parameter" if ref.is_parameter else role_of(name, dtype)
+    reason = ref.unsupported
+    if reason is None and dtype not in DTYPE_SIZES:
+        reason = f"dtype {dtype}"
+    if reason is None and ref.storage is not None and ref.storage.dtype not in STORAGE_SIZES:
+        reason = f"storage of dtype {printable(ref.storage.dtype)}"
+    if reason is not None or ref.storage is None:
+        return unreadable(name, role, dtype, _sane_shape(ref.shape), reason or "no storage", file)
+    shape, stride = _ints(name, "size", ref.shape), _ints(name, "stride", ref.stride)
+    if len(shape) != len(stride):
+        _refuse(name, "has as many strides as sizes", f"{len(shape)} sizes and {len(stride)} strides")
+    numel = check_shape(name, shape)
+    stored, itemsize = find(ref.storage), DTYPE_SIZES[dtype]
+    claimed = ref.storage.numel * STORAGE_SIZES[ref.storage.dtype]
+    if claimed != stored.nbytes:
+        got = f"{_shown(claimed)} bytes instead of {stored.nbytes}"
+        _refuse(name, "has a storage as long as its bytes in the file", got)
+    if type(ref.offset) is not int or ref.offset < 0:
+        _refuse(name, "has an offset of 0 or more", _shown(ref.offset))
+    offset = ref.offset + ref.storage.start
+    available = stored.nbytes // itemsize
+    extent = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if numel else 0
+    if offset + extent > available:
+        _refuse(
+            name,
+            f"ends within its storage's {available} elements",
+            f"elements {_shown(offset)} to {_shown(offset + extent)}",
+        )
+    if numel > max(_SMALL_NUMEL, _MAX_REPEATS * available):
+        _refuse(
+            name,
+            f"repeats its storage's {available} elements at most {_MAX_REPEATS} times",
+            f"{numel} elements",
+        )
+    read = _Reader(name, stored, offset * itemsize, extent * itemsize, itemsize, shape, stride, dtype)
+    return TensorState(name, role, dtype, shape, read)
+
+
+def unreadable(
+    name: str, role: Role, dtype: str, shape: tuple[int, ...], reason: str, file: SourceFile
+) -> TensorState:
+    """Return a tensor whose values cannot be read, and which says so when they are asked for."""
+
+    def read() -> bytes:
+        what = f"the values of {printable(name)} cannot be read: unsupported {reason}"
+        raise CheckpointError(what, where=file.shown, remedy="save it as a plain dense tensor")
+
+    return TensorState(name, role, dtype, shape, read, unsupported=reason)
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> int:
+    """Return the number of elements, or refuse a shape that is too big to be true."""
+    if len(shape) > MAX_RANK:
+        _refuse(name, f"has at most {MAX_RANK} dimensions", f"{len(shape)}")
+    # sizes of 0 do not excuse the others, which would overflow when the empty array is made
+    if any(size > MAX_NUMEL for size in shape) or prod(size or 1 for size in shape) >= MAX_NUMEL:
+        _refuse(name, f"has fewer than {MAX_NUMEL} elements", f"sizes {', '.join(map(_shown, shape))}")
+    return prod(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one tensor's values when called."""
+
+    name: str
+    stored: StoredBytes
+    start: int
+    length: int
+    itemsize: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: str
+
+    def __call__(self) -> bytes:
+        with guarded(self.stored.file.shown):
+            if self.length == 0:
+                return b""
+            raw = self.stored.read(self.start, self.length, self.name)
+            if self.stored.swapped:
+                part = self.itemsize // 2 if self.dtype.startswith("complex") else self.itemsize
+                raw = np.frombuffer(raw, f"V{part}").view(f"u{part}").byteswap().tobytes()
+            # dimensions of one element step nowhere, whatever their stride says
+            dims = [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
+            if all(step == prod(size for size, _ in dims[i + 1 :]) for i, (_, step) in enumerate(dims)):
+                return raw
+            view = np.lib.stride_tricks.as_strided(
+                np.frombuffer(raw, f"V{self.itemsize}"),
+                [size for size, _ in dims],
+                [step * self.itemsize for _, step in dims],
+                writeable=False,
+            )
+            return view.tobytes()
+
+
+def _ints(name: str, what: str, values: object) -> tuple[int, ...]:
+    if not isinstance(values, tuple | list):
+        _refuse(name, f"has a tuple of {what}s", f"a {type(values).__name__}")
+    if len(values) > MAX_RANK:
+        _refuse(name, f"has at most {MAX_RANK} dimensions", f"{len(values)}")
+    for value in values:
+        if type(value) is not int or value < 0:
+            _refuse(name, f"has {what}s of 0 or more", _shown(value))
+    return tuple(values)
+
+
+def _sane_shape(shape: object) -> tuple[int, ...]:
+    """Return the shape of a tensor that is not read, or ``()`` if there is no sense in it."""
+    if not isinstance(shape, tuple | list) or len(shape) > MAX_RANK:
+        return ()
+    sizes = tuple(size for size in shape if type(size) is int and 0 <= size < MAX_NUMEL)
+    return sizes if len(sizes) == len(shape) and prod(size or 1 for size in sizes) < MAX_NUMEL else ()
+
+
+def _shown(value: Any) -> str:
+    # an int of a million digits takes minutes to print
+    return (
+        str(value) if type(value) is int and abs(value) < 2**64 else f"a {type(value).__name__} out of range"
+    )
+
+
+def _refuse(name: str, rule: str, got: str) -> NoReturn:
+    raise CheckpointError(
+        f"damaged or hostile: tensor {printable(name)} must be such that it {rule}",
+        got=got,
+        remedy="get the file from its source again, as safetensors if there is one",
+    )

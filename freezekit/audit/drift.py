@@ -1,0 +1,260 @@
+"""Drift: two states of the same tensors compared bit for bit, and statistics judged by themselves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from freezekit.audit.findings import Finding, LayerDrift
+from freezekit.audit.state import StateTable, TensorState
+
+__all__ = ["compare", "describe_layer", "health", "same_bits"]
+
+_STATS = ("running_mean", "running_var", "num_batches_tracked")
+
+FREEZE_FIX = (
+    "requires_grad=False does not stop running statistics; freezekit.freeze_backbone(model) keeps the layer "
+    "in eval mode whatever model.train() does"
+)
+_FIXES = {
+    "FK101": FREEZE_FIX,
+    "FK102": FREEZE_FIX,
+    "FK103": "freezekit.freeze_backbone(model) before building the optimizer; look for a stale .grad, an "
+    "optimizer that decays parameters without one, or code that writes to the parameter",
+    "FK104": "freezekit.freeze_backbone(model) holds the layer in eval mode; if it writes its buffer in eval "
+    "mode too, that is in its own forward",
+    "FK105": "compare checkpoints of the same model in the same dtype, and do not replace frozen layers",
+    "FK401": "restore the statistics from the base checkpoint, or recalibrate them on clean data",
+    "FK402": "restore the statistics from the base checkpoint: a variance cannot be negative",
+    "FK403": "calibrate the layer, or load the weights this file was meant to hold",
+    "FK404": "harmless if part of the model was frozen; otherwise the file mixes two models",
+}
+
+Array = npt.NDArray[np.float64]
+
+
+def same_bits(before: TensorState, after: TensorState) -> bool:
+    """Tell whether two tensors hold the same bits, so that NaN equals NaN and 0.0 differs from -0.0.
+
+    A counter counts as the same by value: some files keep ``num_batches_tracked`` as a float.
+    """
+    if before.shape != after.shape:
+        return False
+    if before.dtype != after.dtype:
+        is_counter = before.role == after.role == "num_batches_tracked"
+        return is_counter and bool(np.array_equal(before.values(), after.values()))
+    return before.read() == after.read()
+
+
+def compare(
+    before: StateTable,
+    after: StateTable,
+    frozen: Collection[str],
+    *,
+    kinds: Mapping[str, str] | None = None,
+    eps: Mapping[str, float] | None = None,
+) -> tuple[list[LayerDrift], list[Finding], list[str]]:
+    """Compare the frozen tensors of two states.
+
+    Args:
+        before: the state when it was frozen.
+        after: the state now.
+        frozen: names of the tensors that must not differ.
+        kinds: class of each layer, where known.
+        eps: the layer's ``eps``, where known; otherwise 1e-5.
+
+    Returns:
+        every layer with running statistics, the findings (one a layer or tensor), and the names of the
+        frozen tensors that differ; all in the order of ``before``.
+    """
+    layers: list[LayerDrift] = []
+    findings: list[Finding] = []
+    changed: list[str] = []
+    norms = {layer: None for table in (before, after) for layer in table.norm_layers()}
+    done: set[str] = set()
+    for name in [*before, *(name for name in after if name not in before)]:
+        layer = name.rpartition(".")[0]
+        if layer in norms and name.rpartition(".")[2] in _STATS:
+            if layer not in done:
+                done.add(layer)
+                drift, found, moved = _compare_layer(
+                    layer, before, after, frozen, (kinds or {}).get(layer), (eps or {}).get(layer, 1e-5)
+                )
+                layers += drift
+                findings += found
+                changed += moved
+        elif name in frozen:
+            problem = _compare_tensor(name, before.get(name), after.get(name))
+            if problem is not None:
+                findings.append(problem)
+                changed.append(name)
+    return layers, findings, changed
+
+
+def _compare_layer(
+    layer: str, before: StateTable, after: StateTable, frozen: Collection[str], kind: str | None, eps: float
+) -> tuple[list[LayerDrift], list[Finding], list[str]]:
+    names = [_join(layer, stat) for stat in _STATS]
+    watched = [name for name in names if name in frozen]
+    structural = [
+        problem
+        for name in watched
+        if (problem := _compare_structure(name, before.get(name), after.get(name))) is not None
+    ]
+    if structural:
+        known = describe_layer(layer, after, kind) if names[0] in after and names[1] in after else None
+        return [known] if known else [], structural, [finding.name for finding in structural]
+    if not all(name in before and name in after for name in names[:2]):
+        return [], [], []  # not frozen, and in one of the two only
+    moved = [name for name in watched if not same_bits(before[name], after[name])]
+    shift, ratio = (
+        _shift_and_ratio(before, after, layer, eps)
+        if before[names[0]].shape == after[names[0]].shape
+        else (None, None)
+    )
+    counts = [counter_value(table.get(names[2])) for table in (before, after)]
+    batches = None if counts[0] is None or counts[1] is None else counts[1] - counts[0]
+    described = describe_layer(layer, after, kind)
+    drift = LayerDrift(
+        described.name,
+        described.kind,
+        described.channels,
+        described.num_batches_tracked,
+        batches=batches,
+        mean_shift_sigma=shift,
+        var_ratio=ratio,
+        changed=bool(moved),
+    )
+    if not moved:
+        return [drift], [], []
+    over = "" if batches is None else f" over {batches} batch{'' if batches == 1 else 'es'}"
+    if moved == [names[2]]:
+        message = f"num_batches_tracked went from {counts[0]} to {counts[1]}; mean and variance did not move"
+        return [drift], [_finding("FK102", layer, message)], moved
+    message = f"running mean moved by up to {shift:.3g} sigma, spread by x{ratio:.3g}{over}"
+    return [drift], [_finding("FK101", layer, message)], moved
+
+
+def _compare_tensor(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
+    problem = _compare_structure(name, before, after)
+    if problem is not None or before is None or after is None or same_bits(before, after):
+        return problem
+    old, new = before.values(), after.values()
+    with np.errstate(invalid="ignore", over="ignore"):
+        differs = ~((old == new) | (np.isnan(old) & np.isnan(new)))
+        size = np.nan_to_num(np.abs(new - old)[differs], nan=np.inf).max(initial=0.0)
+    count = (
+        f"{int(differs.sum()):,} of {old.size:,} values"
+        if differs.any()
+        else "only signs of zero or NaN bits"
+    )
+    by = f" by up to {size:.3g}" if 0 < size < np.inf else ""
+    code, what = ("FK103", "parameter") if before.role == "parameter" else ("FK104", "buffer")
+    return _finding(code, name, f"{what} changed: {count}{by}")
+
+
+def _compare_structure(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
+    if before is None and after is None:
+        return None
+    if after is None:
+        message = "is missing"
+    elif before is None:
+        message = f"was added ({after.dtype}, shape {list(after.shape)})"
+    elif before.shape != after.shape:
+        message = f"was reshaped from {list(before.shape)} to {list(after.shape)}"
+    elif before.dtype != after.dtype and "num_batches_tracked" not in (before.role, after.role):
+        message = f"was recast from {before.dtype} to {after.dtype}"
+    else:
+        return None
+    return _finding("FK105", name, message)
+
+
+def _shift_and_ratio(before: StateTable, after: StateTable, layer: str, eps: float) -> tuple[float, float]:
+    """Return drift in units a person can judge, the worst channel of each; always finite.
+
+    A channel that is not finite before or after is left out: FK401 tells of it.
+    """
+    mean_0, mean_1, var_0, var_1 = (
+        table[_join(layer, stat)].values().ravel()
+        for stat in ("running_mean", "running_var")
+        for table in (before, after)
+    )
+    usable = np.isfinite(mean_0) & np.isfinite(mean_1) & np.isfinite(var_0) & np.isfinite(var_1)
+    if not usable.any():
+        return 0.0, 1.0
+    sigma_0, sigma_1 = (np.sqrt(np.maximum(var[usable], 0.0) + max(eps, 1e-12)) for var in (var_0, var_1))
+    with np.errstate(over="ignore"):
+        shift = np.abs(mean_1[usable] - mean_0[usable]) / sigma_0
+        ratio = sigma_1 / sigma_0
+    largest = np.finfo(np.float64).max
+    worst = int(np.argmax(np.abs(np.log(ratio))))
+    return float(min(shift.max(), largest)), float(min(ratio[worst], largest))
+
+
+def describe_layer(layer: str, table: StateTable, kind: str | None = None) -> LayerDrift:
+    """Return a layer's line in the report without a comparison."""
+    channels = table[_join(layer, "running_mean")].numel
+    counter = counter_value(table.get(_join(layer, "num_batches_tracked")))
+    return LayerDrift(layer, kind or "BatchNorm", channels, counter)
+
+
+def counter_value(counter: TensorState | None) -> int | None:
+    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
+    if counter is None or counter.unsupported or counter.numel != 1:
+        return None
+    value = float(counter.values().ravel()[0])
+    return int(value) if np.isfinite(value) else None
+
+
+def health(table: StateTable) -> list[Finding]:
+    """Judge the running statistics of one state by themselves (FK4xx)."""
+    findings: list[Finding] = []
+    counters: dict[str, int] = {}
+    for layer in table.norm_layers():
+        mean = table[_join(layer, "running_mean")]
+        var = table[_join(layer, "running_var")]
+        if mean.unsupported or var.unsupported:
+            continue  # the notes say so
+        means, variances = mean.values(), var.values()
+        bad = int((~np.isfinite(means)).sum() + (~np.isfinite(variances)).sum())
+        if bad:
+            findings.append(
+                _finding("FK401", layer, f"{bad} of {means.size + variances.size} values are NaN or infinite")
+            )
+        negative = int((variances < 0).sum())
+        if negative:
+            findings.append(
+                _finding(
+                    "FK402",
+                    layer,
+                    f"{negative} of {variances.size} variances are negative, down to {variances.min():.3g}",
+                )
+            )
+        counter = counter_value(table.get(_join(layer, "num_batches_tracked")))
+        if counter is not None:
+            counters[layer] = counter
+        if means.size and not means.any() and bool((variances == 1).all()):
+            seen = "" if counter is None else f" (num_batches_tracked is {counter})"
+            findings.append(_finding("FK403", layer, f"running_mean is all 0 and running_var all 1{seen}"))
+    if len(set(counters.values())) > 1:
+        # Named after the odd ones out, since most layers agree in any real file.
+        common, _ = Counter(counters.values()).most_common(1)[0]
+        odd = [layer for layer, count in counters.items() if count != common]
+        shown = ", ".join(f"{layer}: {counters[layer]}" for layer in odd[:3]) + (
+            ", ..." if len(odd) > 3 else ""
+        )
+        findings.append(
+            _finding("FK404", odd[0], f"{len(odd)} of {len(counters)} layers differ from {common} ({shown})")
+        )
+    return findings
+
+
+def _finding(code: str, name: str, message: str) -> Finding:
+    return Finding(code, name, message, _FIXES[code])
+
+
+def _join(layer: str, own: str) -> str:
+    return f"{layer}.{own}" if layer else own

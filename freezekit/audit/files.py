@@ -1,0 +1,177 @@
+"""Auditing checkpoint files: alone, or against the file they started from. Never imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+from freezekit.audit import drift
+from freezekit.audit.checkpoint import read_checkpoint
+from freezekit.audit.findings import DriftReport, Finding
+from freezekit.audit.state import StateTable, TensorState
+from freezekit.errors import FreezekitError
+from freezekit.patterns import select
+
+__all__ = ["audit_checkpoint"]
+
+
+def audit_checkpoint(
+    path: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    frozen: str | Iterable[str] | None = None,
+) -> DriftReport:
+    """Audit a checkpoint file, without torch and without executing anything in it.
+
+    Alone, its BN layers are listed and their statistics judged (FK4xx). Against the file it was fine-tuned
+    from, everything frozen is compared bit for bit (FK1xx). What is frozen is told by ``frozen``; without
+    it, a BN layer counts as frozen if its own parameters did not change at all, which is what
+    ``requires_grad=False`` leaves behind.
+
+    Args:
+        path: a ``.pt``/``.pth`` file (zip or legacy) or ``.safetensors``, told by its content.
+        against: the file to compare with.
+        frozen: names or globs of the frozen layers and tensors; needs ``against``.
+
+    Returns:
+        The report; ``.clean`` says whether anything is wrong.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, unsupported or hostile.
+        SelectionError: a pattern matches nothing.
+        FreezekitError: the two files have no tensor in common, or ``frozen`` came without ``against``.
+
+    >>> import numpy, os, tempfile
+    >>> header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    >>> path = os.path.join(tempfile.mkdtemp(), "w.safetensors")
+    >>> with open(path, "wb") as file:
+    ...     _ = file.write(len(header).to_bytes(8, "little") + header + bytes(8))
+    >>> audit_checkpoint(path, against=path).clean
+    True
+    """
+    if frozen is not None and against is None:
+        raise FreezekitError(
+            "there is nothing to compare the frozen layers with",
+            where="frozen=",
+            got="no base file",
+            remedy="give the checkpoint training started from (against=, --against)",
+        )
+    table = read_checkpoint(path)
+    if against is None:
+        layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
+        notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
+        findings = tuple(drift.health(table))
+        return DriftReport(table.source, None, "statistics only", 0, (), layers, findings, notes)
+    base = read_checkpoint(against)
+    table, base, notes = _align(table, base)
+    if frozen is None:
+        names, scope = _inferred(base, table)
+    else:
+        every = list(dict.fromkeys([*base, *table]))
+        names = set(select(frozen, every, where="--frozen", kind="layer or tensor"))
+        scope = "as given"
+    compared, findings_found, changed = drift.compare(base, table, names)
+    return DriftReport(
+        table.source,
+        base.source,
+        scope,
+        len(names),
+        tuple(changed),
+        tuple(compared),
+        (*findings_found, *_newly_bad(base, table)),
+        (*notes, *_trained(base, table, names)),
+    )
+
+
+def _inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
+    """Take the layers for frozen whose trainable parameters stayed bit-identical, with their statistics."""
+    own: dict[str, list[str]] = {}
+    parameters: dict[str, list[str]] = {}
+    for name, tensor in base.items():
+        prefix = name.rpartition(".")[0]
+        own.setdefault(prefix, []).append(name)
+        while tensor.role == "parameter":
+            parameters.setdefault(prefix, []).append(name)
+            if not prefix:
+                break
+            prefix = prefix.rpartition(".")[0]
+    layers = base.norm_layers()
+    frozen: set[str] = set()
+    kept = 0
+    for layer in layers:
+        scope = layer
+        while scope and scope not in parameters:  # a BN without parameters goes with what is beside it
+            scope = scope.rpartition(".")[0]
+        same = all(_same(name, base, table) for name in parameters.get(scope, ()))
+        # A layer that is gone cannot be told to have trained, and must not pass for clean.
+        missing = not any(name in table for name in own[layer])
+        kept += same and not missing
+        if same or missing:
+            frozen.update(own[layer])
+    return frozen, f"inferred: {kept} of {len(layers)} BN layers kept their parameters bit for bit"
+
+
+def _same(name: str, base: StateTable, table: StateTable) -> bool:
+    if name not in base or name not in table or base[name].unsupported or table[name].unsupported:
+        return False
+    return drift.same_bits(base[name], table[name])
+
+
+def _trained(base: StateTable, table: StateTable, frozen: Collection[str]) -> list[str]:
+    """Describe what differs outside the frozen part, which is no finding."""
+    other = [n for n in dict.fromkeys([*base, *table]) if n not in frozen]
+    differing = [name for name in other if not _same(name, base, table)]
+    if not differing:
+        return ["outside it nothing differs"] if other else []
+    shown = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
+    return [f"{len(differing)} of {len(other)} other tensors differ, as trained ones do: {shown}"]
+
+
+def _newly_bad(base: StateTable, table: StateTable) -> list[Finding]:
+    """Return NaN and negative variances that the base did not have already."""
+    before = {(finding.code, finding.name) for finding in drift.health(base)}
+    found = [finding for finding in drift.health(table) if finding.code in ("FK401", "FK402")]
+    return [finding for finding in found if (finding.code, finding.name) not in before]
+
+
+def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, tuple[str, ...]]:
+    """Strip from either file the prefix by which its names differ from the other's (``model.``, ...)."""
+    notes = tuple(f"{t.source}: {note}" for t in (table, base) for note in t.notes)
+    prefix = _extra_prefix(table, base)
+    if prefix:
+        table = _strip(table, prefix)
+        notes += (f"{table.source}: prefix {prefix!r} stripped to match the base",)
+    elif prefix := _extra_prefix(base, table):
+        base = _strip(base, prefix)
+        notes += (f"{base.source}: prefix {prefix!r} stripped to match the checkpoint",)
+    if not any(name in base for name in table):
+        raise FreezekitError(
+            "the two files have no tensor name in common, so they are not of the same model",
+            where=f"{table.source}, {base.source}",
+            got=f"{next(iter(table))!r} and {next(iter(base))!r}",
+            remedy="give the checkpoint training started from",
+        )
+    return table, base, notes
+
+
+def _extra_prefix(table: StateTable, other: StateTable) -> str:
+    """Return the prefix that makes most of ``table``'s names ``other``'s, or ``""`` if they match without."""
+    votes: Counter[str] = Counter()
+    lasts: dict[str, list[str]] = {}
+    for name in other:
+        lasts.setdefault(".".join(name.rsplit(".", 2)[-2:]), []).append(name)
+    for name in table:
+        for candidate in lasts.get(".".join(name.rsplit(".", 2)[-2:]), [])[:50]:
+            if name == candidate or name.endswith("." + candidate):
+                votes[name[: len(name) - len(candidate)]] += 1
+    best = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
+    return best if votes[best] > votes[""] else ""
+
+
+def _strip(table: StateTable, prefix: str) -> StateTable:
+    tensors = [
+        TensorState(t.name.removeprefix(prefix), t.role, t.dtype, t.shape, t.read, t.unsupported)
+        for t in table.values()
+        if t.name.startswith(prefix)
+    ]
+    return StateTable(tensors, table.source, table.notes)

@@ -1,0 +1,128 @@
+"""What an audit finds: codes, findings, drift per layer, and the report that holds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["CODES", "DriftReport", "Finding", "LayerDrift", "Level"]
+
+Level = Literal["error", "warning"]
+
+#: code -> (what it means, its level)
+CODES: dict[str, tuple[str, Level]] = {
+    "FK101": ("running statistics moved", "error"),
+    "FK102": ("only num_batches_tracked moved", "error"),
+    "FK103": ("a frozen parameter changed", "error"),
+    "FK104": ("a frozen buffer changed", "error"),
+    "FK105": ("a frozen tensor is missing, added, reshaped or recast", "error"),
+    "FK401": ("running statistics hold NaN or infinity", "error"),
+    "FK402": ("running_var is negative", "error"),
+    "FK403": ("running statistics were never trained", "error"),
+    # a model that was frozen in part counts differently in its two parts, and rightly so
+    "FK404": ("num_batches_tracked differs between layers", "warning"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, where, and what to do about it.
+
+    Args:
+        code: ``FK101`` and so on; the first digit is the kind (1 state moved, 4 checkpoint health).
+        name: the layer or tensor concerned.
+        message: what was seen, with its size.
+        fix: what to do.
+        step: the optimizer step after which it was first seen, in a live audit.
+
+    >>> Finding("FK101", "bn1", "mean moved by 0.5 sigma", "freeze it", step=1).level
+    'error'
+    """
+
+    code: str
+    name: str
+    message: str
+    fix: str
+    step: int | None = None
+
+    @property
+    def level(self) -> Level:
+        """``"error"`` makes an audit fail, ``"warning"`` does not."""
+        return CODES[self.code][1]
+
+    def __str__(self) -> str:
+        at = "" if self.step is None else f" at step {self.step}"
+        return f"{self.code} {self.name}{at}: {self.message}"
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """A layer with running statistics, and how far they moved.
+
+    Args:
+        name: the layer.
+        kind: its class, or ``"BatchNorm"`` where a file does not say.
+        channels: number of channels.
+        num_batches_tracked: the counter now, ``None`` where there is none.
+        batches: how far the counter moved, ``None`` without a comparison.
+        mean_shift_sigma: largest ``|Δmean| / sqrt(var_before + eps)`` over the channels, in standard
+            deviations; ``None`` without a comparison.
+        var_ratio: the ``sqrt((var_after + eps) / (var_before + eps))`` furthest from 1 over the channels;
+            ``None`` without a comparison.
+        changed: whether the layer counts as frozen and a bit of its statistics or counter differs.
+        step: the optimizer step after which that was first seen, in a live audit.
+    """
+
+    name: str
+    kind: str
+    channels: int
+    num_batches_tracked: int | None
+    batches: int | None = None
+    mean_shift_sigma: float | None = None
+    var_ratio: float | None = None
+    changed: bool = False
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """The outcome of an audit; ``str()`` of it is a table.
+
+    Args:
+        source: what was audited.
+        against: what it was compared with, or ``None``.
+        scope: how it was told what is frozen, in words.
+        compared: number of tensors in the frozen part.
+        changed: names of those that differ.
+        layers: the layers with running statistics, in the model's order.
+        findings: what is wrong, in the model's order.
+        notes: what else a reader should know.
+
+    >>> DriftReport("a.pth", None, "", 0, (), (), ()).clean
+    True
+    """
+
+    source: str
+    against: str | None
+    scope: str
+    compared: int
+    changed: tuple[str, ...]
+    layers: tuple[LayerDrift, ...]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong; warnings do not count."""
+        return not any(finding.level == "error" for finding in self.findings)
+
+    def to_json(self) -> str:
+        """Return the report as JSON (``schema_version`` 1)."""
+        from freezekit.report.json import render
+
+        return render(self)
+
+    def __str__(self) -> str:
+        from freezekit.report.text import render
+
+        return render(self)

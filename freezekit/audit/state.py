@@ -1,0 +1,127 @@
+"""StateTable: a model's or a file's tensors as plain data, the waist both arms of an audit meet at.
+
+Nothing here imports torch, so that a checkpoint can be audited without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["DTYPE_SIZES", "Role", "StateTable", "TensorState", "role_of"]
+
+Role = Literal["running_mean", "running_var", "num_batches_tracked", "parameter", "buffer"]
+
+#: dtypes whose values can be read, as torch names them, with their size in bytes
+DTYPE_SIZES: dict[str, int] = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+    "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
+    "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
+    "complex64": 8, "complex128": 16,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorState:
+    """One tensor: what it is called, what it is for, and how to get its bytes.
+
+    Args:
+        name: dotted name, as in ``state_dict()``.
+        role: what the tensor is for.
+        dtype: torch's name without ``torch.``, one of :data:`DTYPE_SIZES` unless ``unsupported`` is set.
+        shape: sizes, outermost first.
+        read: returns the values as little-endian, C-contiguous bytes; may read a file.
+        unsupported: why the values cannot be read (``"sparse layout"``), or ``None``.
+    """
+
+    name: str
+    role: Role
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], bytes] = field(repr=False, compare=False)
+    unsupported: str | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def values(self) -> npt.NDArray[np.float64]:
+        """Return the values as float64 (the real part of complex ones), in the tensor's shape."""
+        raw = self.read()
+        array: npt.NDArray[Any]
+        if self.dtype == "bfloat16":
+            array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        elif self.dtype == "float8_e5m2":  # the upper byte of a float16
+            array = (np.frombuffer(raw, "u1").astype("<u2") << 8).view("<f2")
+        elif self.dtype == "float8_e4m3fn":
+            array = _E4M3FN[np.frombuffer(raw, "u1")]
+        else:
+            array = np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<"))
+        return np.asarray(array.real, dtype=np.float64).reshape(self.shape)
+
+
+def _e4m3fn() -> npt.NDArray[np.float64]:
+    code = np.arange(256)
+    exponent, fraction = (code >> 3) & 15, code & 7
+    value = np.where(exponent == 0, fraction * 2.0**-9, (1 + fraction / 8) * 2.0 ** (exponent - 7))
+    value = np.where((code & 127) == 127, np.nan, value)
+    return np.where(code > 127, -value, value)
+
+
+_E4M3FN = _e4m3fn()
+
+
+def role_of(name: str, dtype: str) -> Role:
+    """Tell a tensor's role by its name, for files, which do not say what is a parameter.
+
+    A whole number cannot be trained, so an integer tensor is a buffer; any other is taken for a parameter.
+
+    >>> role_of("layer1.0.bn1.running_mean", "float32"), role_of("attn.relative_position_index", "int64")
+    ('running_mean', 'buffer')
+    """
+    last = name.rpartition(".")[2]
+    if last in ("running_mean", "running_var", "num_batches_tracked"):
+        return last  # type: ignore[return-value]  # one of the three literals just tested for
+    return "parameter" if dtype.startswith(("float", "bfloat", "complex")) else "buffer"
+
+
+class StateTable(Mapping[str, TensorState]):
+    """Tensors by name, in the order of the model or file they come from.
+
+    Args:
+        tensors: the tensors; a name given twice is an error.
+        source: where they come from, for messages: a path or ``"model"``.
+        notes: what a reader has to say about the source, one line each.
+
+    >>> table = StateTable([TensorState("w", "parameter", "float32", (2,), lambda: bytes(8))], source="model")
+    >>> table["w"].values()
+    array([0., 0.])
+    """
+
+    def __init__(self, tensors: list[TensorState], source: str, notes: tuple[str, ...] = ()) -> None:
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        if len(self._tensors) != len(tensors):
+            raise ValueError(f"{source}: a tensor name is given twice")
+        self.source = source
+        self.notes = notes
+
+    def __getitem__(self, name: str) -> TensorState:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def norm_layers(self) -> list[str]:
+        """Return the prefixes of the layers that keep running statistics, in order."""
+        means = [name.rpartition(".") for name, t in self.items() if t.role == "running_mean"]
+        return [prefix for prefix, dot, _ in means if f"{prefix}{dot}running_var" in self]

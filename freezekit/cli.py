@@ -1,0 +1,96 @@
+"""The command line: arguments and exit codes; the work is done elsewhere, and imported when needed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from freezekit import __version__
+from freezekit.errors import FreezekitError
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Turns freezekit's own errors into one line on stderr and their exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FreezekitError as error:
+            click.echo(f"freezekit: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:  # the reader of the report has seen enough
+            sys.stderr.close()
+            ctx.exit(0)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="freezekit")
+def main() -> None:
+    """Make frozen mean frozen in PyTorch, and prove it.
+
+    Exit codes: 0 clean, 1 drift or bad statistics, 2 wrong usage, 3 unreadable, unsupported or hostile file.
+    """
+
+
+@main.command()
+@click.argument("checkpoint", metavar="CKPT")
+@click.option(
+    "--against",
+    metavar="BASE",
+    help="The checkpoint that training started from; without it, CKPT is judged alone.",
+)
+@click.option(
+    "--frozen",
+    metavar="GLOB",
+    multiple=True,
+    help="What must not have changed: a layer, a tensor or a glob; repeatable. Without it, a BN layer counts "
+    "as frozen if its own parameters did not change.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="Of the report.",
+)
+@click.pass_context
+def audit(
+    ctx: click.Context, checkpoint: str, against: str | None, frozen: tuple[str, ...], form: str
+) -> None:
+    r"""Audit a checkpoint: .pt, .pth (zip or legacy) or .safetensors.
+
+    Lists the batch-norm layers of CKPT and judges their statistics; with --against, says which frozen
+    layers have drifted since BASE and by how much. Needs no torch, and executes nothing in the file.
+
+    \b
+    Examples:
+      freezekit audit model.pth
+      freezekit audit finetuned.pth --against pretrained.pth
+      freezekit audit finetuned.pth --against pretrained.pth --frozen 'features.*'
+    """
+    from freezekit.audit.files import audit_checkpoint
+
+    report = audit_checkpoint(checkpoint, against=against, frozen=frozen or None)
+    if form == "json":
+        click.echo(report.to_json())
+    else:
+        from rich.console import Console
+
+        from freezekit.report.text import layout
+
+        Console(highlight=False).print(layout(report))
+    ctx.exit(0 if report.clean else 1)
+
+
+@main.command()
+@click.option("--keep", metavar="DIR", help="Keep the three checkpoints in this folder.")
+def demo(keep: str | None) -> None:
+    """Show the trap and the cure on scikit-learn's digits, in under a minute, without a network."""
+    from freezekit.demo import run
+
+    run(keep)

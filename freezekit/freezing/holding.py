@@ -1,0 +1,116 @@
+"""Holding: the class swap in place, what is needed to reverse it, and who asked for it.
+
+What a freeze changes about a module is noted in the module's own ``__dict__``, so that it travels with
+copies and pickles of the model. Several freezes may hold one module: each is a holder, and the module is
+released when the last one lets go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from freezekit.nn.frozen import frozen_class
+from freezekit.nn.held import Held
+
+__all__ = ["freeze_tensor", "hold_module", "holders_of", "is_held", "release_module", "release_tensor"]
+
+_KEY = "_freezekit_record"
+
+
+@dataclass
+class _Record:
+    origin: type[nn.Module] | None = None
+    """The module's class before the swap; ``None`` while the module is not held."""
+    holders: set[str] = field(default_factory=set)
+    tensor_holders: dict[str, set[str]] = field(default_factory=dict)
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    """What each frozen parameter had, to be restored."""
+
+
+def _record(module: nn.Module) -> _Record:
+    record: _Record = module.__dict__.setdefault(_KEY, _Record())
+    return record
+
+
+def _forget_if_empty(module: nn.Module, record: _Record) -> None:
+    if record.origin is None and not record.tensor_holders:
+        del module.__dict__[_KEY]
+
+
+def is_held(module: nn.Module) -> bool:
+    """Tell whether a freeze holds the module in eval mode."""
+    return isinstance(module, Held)
+
+
+def holders_of(module: nn.Module, tensor: str | None = None) -> set[str]:
+    """Return the freezes that hold the module, or one of its own parameters and buffers."""
+    record: _Record | None = module.__dict__.get(_KEY)
+    if record is None:
+        return set()
+    return set(record.holders if tensor is None else record.tensor_holders.get(tensor, ()))
+
+
+def hold_module(module: nn.Module, holder: str) -> None:
+    """Keep the module in eval mode until ``holder`` releases it."""
+    record = _record(module)
+    record.holders.add(holder)
+    if record.origin is None:
+        record.origin = type(module)
+        module.__class__ = frozen_class(type(module))
+
+
+def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: bool) -> None:
+    """Let go of the module; with the last holder gone it gets its class back.
+
+    Args:
+        module: a held module; any other is left alone.
+        holders: who lets go.
+        adopt_mode: take on the mode last asked for while frozen, instead of that at the freeze.
+    """
+    record: _Record | None = module.__dict__.get(_KEY)
+    if record is None or record.origin is None:
+        return
+    record.holders.difference_update(holders)
+    if record.holders:
+        return
+    module.__class__ = record.origin
+    record.origin = None
+    asked = module.__dict__.pop("_asked_training", None)
+    if adopt_mode and asked is not None:
+        module.training = asked
+    _forget_if_empty(module, record)
+
+
+def freeze_tensor(module: nn.Module, name: str, holder: str) -> None:
+    """Mark the module's own parameter or buffer ``name`` as frozen.
+
+    A parameter stops training, and a gradient left from before is dropped. A buffer is kept in place by
+    holding its module.
+    """
+    record = _record(module)
+    record.tensor_holders.setdefault(name, set()).add(holder)
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        record.requires_grad.setdefault(name, parameter.requires_grad)
+        parameter.requires_grad_(False)
+        # An optimizer moves whatever has a gradient, whether or not it requires one.
+        parameter.grad = None
+
+
+def release_tensor(module: nn.Module, name: str, holders: Iterable[str]) -> None:
+    """Let go of a tensor; with the last holder gone it requires a gradient again if it did before."""
+    record: _Record | None = module.__dict__.get(_KEY)
+    if record is None or name not in record.tensor_holders:
+        return
+    record.tensor_holders[name].difference_update(holders)
+    if record.tensor_holders[name]:
+        return
+    del record.tensor_holders[name]
+    requires_grad = record.requires_grad.pop(name, None)
+    parameter = module._parameters.get(name)
+    if parameter is not None and requires_grad is not None:
+        parameter.requires_grad_(requires_grad)
+    _forget_if_empty(module, record)

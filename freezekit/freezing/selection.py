@@ -1,0 +1,178 @@
+"""Selection: which part of a model is the backbone and which the head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from freezekit.errors import SelectionError
+from freezekit.patterns import select
+
+__all__ = ["Names", "Selection", "find_backbone", "select_backbone", "tensors_of"]
+
+Names: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
+"""What ``head=`` and ``backbone=`` take: a name, a glob, a module of the model, or several of these."""
+
+_HEADS = ("fc", "classifier", "head", "heads")
+_AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Backbone and head of a model, by name, and the rule that told them apart.
+
+    Args:
+        backbone: names of the modules and of tensors outside them (such as ViT's ``class_token``) that
+            make up the backbone; each module stands for everything below it.
+        head: names of the modules that make up the head.
+        rule: what decided, in words.
+    """
+
+    backbone: tuple[str, ...]
+    head: tuple[str, ...]
+    rule: str
+
+    def __str__(self) -> str:
+        return (
+            f"backbone: {', '.join(self.backbone)}\nhead:     {', '.join(self.head)}\nrule:     {self.rule}"
+        )
+
+
+def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """Yield ``(full name, owner, own name, tensor)`` for every parameter and buffer, tied ones each time."""
+    for path, owner in module.named_modules(prefix=prefix, remove_duplicate=False):
+        for own_name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
+            if tensor is not None:
+                yield (f"{path}.{own_name}" if path else own_name), owner, own_name, tensor
+
+
+def find_backbone(model: nn.Module) -> Selection:
+    """Tell a classification model's backbone from its head.
+
+    The head is the child with a conventional name (``fc``, ``classifier``, ``head``, ``heads``), all of it,
+    together with auxiliary heads; everything else is the backbone. A classifier of several layers counts
+    whole, since nobody can tell a pretrained layer inside it from one just put there, and freezing the
+    latter would be the worse mistake; name a part of it with ``head="classifier.6"`` to freeze more.
+
+    Args:
+        model: every classification model of ``torchvision.models``, or one named after the same fashion.
+
+    Raises:
+        SelectionError: no child, or more than one, has such a name; the error lists the candidates.
+
+    >>> model = nn.Sequential()
+    >>> model.add_module("features", nn.Linear(4, 4)); model.add_module("classifier", nn.Linear(4, 2))
+    >>> print(find_backbone(model))
+    backbone: features
+    head:     classifier
+    rule:     the child named 'classifier' is the head
+    """
+    children = dict(model.named_children())
+    heads = [name for name in _HEADS if name in children]
+    if len(heads) != 1:
+        found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"
+        raise SelectionError(
+            f"cannot tell the head of {type(model).__name__}: {found} ({', '.join(heads or _HEADS)})",
+            where="model",
+            got=_candidates(model),
+            remedy=_call_to_make(model, heads),
+        )
+    (head,) = heads
+    if not any(True for _ in children[head].parameters()):
+        raise SelectionError(
+            f"the head {head!r} has no parameters, so nothing would be left to train",
+            where="model",
+            got=f"{head}: {type(children[head]).__name__}",
+            remedy=f"put the new head in place first (model.{head} = ...), or freeze everything with "
+            'freezekit.freeze(model, "*")',
+        )
+    auxiliary = [name for name in _AUXILIARY if children.get(name) is not None]
+    rule = f"the child named {head!r} is the head" + (
+        f", with the auxiliary {', '.join(map(repr, auxiliary))}" if auxiliary else ""
+    )
+    return _everything_but([head, *auxiliary], model, rule)
+
+
+def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:
+    """Resolve ``head=`` and ``backbone=`` to a :class:`Selection`; with neither, find them."""
+    if head is None and backbone is None:
+        return find_backbone(model)
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    names += [name for name, *_ in tensors_of(model)]
+    if backbone is None:
+        assert head is not None
+        heads = _resolve(model, head, names, "head=")
+        return _everything_but(heads, model, "head= was given")
+    backbones = _resolve(model, backbone, names, "backbone=")
+    if head is None:
+        rest = _everything_but(backbones, model, "").backbone
+        return Selection(tuple(backbones), rest, "backbone= was given")
+    heads = _resolve(model, head, names, "head=")
+    both = set(select(backbones, names, where="backbone=")) & set(select(heads, names, where="head="))
+    if both:
+        raise SelectionError(
+            "a layer cannot be in the backbone and in the head",
+            where="backbone=, head=",
+            got=", ".join(sorted(both)[:3]),
+            remedy="give one of the two; the other is everything else",
+        )
+    return Selection(tuple(backbones), tuple(heads), "backbone= and head= were given")
+
+
+def _resolve(model: nn.Module, given: Names, names: Sequence[str], where: str) -> list[str]:
+    """Turn names, globs and modules into names, the topmost only."""
+    items = [given] if isinstance(given, (str, nn.Module)) else list(given)
+    patterns: list[str] = []
+    for item in items:
+        if isinstance(item, nn.Module):
+            found = [name for name, m in model.named_modules(remove_duplicate=False) if m is item and name]
+            if not found:
+                what = "is the whole model" if item is model else "is not part of the model"
+                raise SelectionError(
+                    f"the module given {what}",
+                    where=where,
+                    got=type(item).__name__,
+                    remedy="give a submodule of the model, or its name",
+                )
+            patterns += found
+        else:
+            patterns.append(item)
+    chosen = set(select(patterns, names, where=where))
+    return [n for n in dict.fromkeys(names) if n in chosen and n.rpartition(".")[0] not in chosen]
+
+
+def _everything_but(excluded: Sequence[str], model: nn.Module, rule: str) -> Selection:
+    """Cover what is not excluded by the fewest names: whole modules, and tensors of those split in two."""
+    out = set(excluded)
+    split = {"", *(name.rsplit(".", k)[0] for name in out for k in range(1, name.count(".") + 1))}
+    cover: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in split:
+            own = [*module._parameters.items(), *module._buffers.items()]
+            below = [name for name, tensor in own if tensor is not None]
+            below += [name for name, child in module._modules.items() if child is not None]
+            full = (f"{path}.{name}" if path else name for name in below)
+            cover += [name for name in full if name not in out and name not in split]
+    return Selection(tuple(cover), tuple(excluded), rule)
+
+
+def _candidates(model: nn.Module) -> str:
+    """Describe the children, since one of them must be the head."""
+    rows = [
+        f"{name} ({type(child).__name__}, {sum(p.numel() for p in child.parameters()):,} parameters)"
+        for name, child in model.named_children()
+    ]
+    shown = rows if len(rows) <= 12 else [*rows[:5], "...", *rows[-6:]]
+    return "; ".join(shown) or f"{type(model).__name__}, which has no children"
+
+
+def _call_to_make(model: nn.Module, heads: Sequence[str]) -> str:
+    with_parameters = [n for n, child in model.named_children() if any(True for _ in child.parameters())]
+    likely = list(heads) or with_parameters[-1:]
+    if not likely:
+        return 'freezekit.freeze(model, "*") freezes all of a model'
+    calls = " or ".join(f"freezekit.freeze_backbone(model, head={name!r})" for name in likely)
+    return f"say which it is, for example {calls}"

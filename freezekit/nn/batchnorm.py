@@ -1,0 +1,135 @@
+"""Batch normalisation: torch's layers in every respect but the arithmetic, which is freezekit's own."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from freezekit.nn import functional
+
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
+
+
+class _OwnForward(_BatchNorm):
+    """Mixin: the forward of torch's batch normalisation, computed by :mod:`freezekit.nn.functional`."""
+
+    frozen: bool = False
+    """Whether the layer is frozen; the classes that freezing swaps in say ``True``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the batch (training, or no running statistics) or by the running statistics."""
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's, without hints
+        tracks = self.training and self.track_running_stats
+        # Counted before anything below can fail, because torch does.
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+        mean, var = self.running_mean, self.running_var
+        if (mean is None) != (var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if not self.training and mean is not None and var is not None:
+            return functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
+
+        n = input.size(0) * math.prod(input.shape[2:])
+        if n == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.size()}"
+            )
+        if tracks:
+            functional.check_operands(input, running_mean=mean, running_var=var)
+        output, batch_mean, batch_var = functional.batch_norm_train(input, self.weight, self.bias, self.eps)
+        if tracks and mean is not None and var is not None:
+            factor: float | Tensor | None = self.momentum
+            if factor is None:
+                # 1 / count as a tensor, so that neither CUDA waits nor torch.compile breaks the graph here.
+                count = self.num_batches_tracked
+                factor = 0.0 if count is None else count.to(batch_mean.dtype).reciprocal()
+            functional.update_running_stats(mean, var, batch_mean, batch_var, n, factor)
+        return output
+
+
+class BatchNorm1d(_OwnForward, torch.nn.BatchNorm1d):
+    """Batch normalisation of vectors or sequences, a drop-in for ``torch.nn.BatchNorm1d``.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``
+
+    See :class:`BatchNorm2d` for the arguments, the modes, and why it is a subclass of torch's layer.
+
+    Shape:
+        (N, C) or (N, C, L), output the same.
+
+    Raises:
+        ValueError: the input has another rank, or one value per channel while the batch is the statistic.
+        RuntimeError: the input's channels or dtype do not fit the layer's.
+
+    >>> BatchNorm1d(2, momentum=0.3)(torch.tensor([[1.0, 2.0], [3.0, 6.0]])).round(decimals=3)
+    tensor([[-1., -1.],
+            [ 1.,  1.]], grad_fn=<RoundBackward1>)
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1;
+    https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
+    """
+
+
+class BatchNorm2d(_OwnForward, torch.nn.BatchNorm2d):
+    """Batch normalisation of images, a drop-in for ``torch.nn.BatchNorm2d``.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``
+
+    In training the batch's mean and biased variance normalise, over every dimension but the channels, and
+    the running statistics follow: ``running = (1 - momentum) * running + momentum * batch``, with the
+    unbiased variance. In eval the running statistics normalise, where there are any.
+
+    It is a subclass of torch's layer on purpose. The constructor, the names in ``state_dict``, loading files
+    from before ``num_batches_tracked``, the rank errors, and all code that looks for BN by its class
+    (initialisers, weight-decay filters, ``swa_utils.update_bn``) are torch's. Everything ``forward``
+    computes is :mod:`freezekit.nn.functional`'s.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        momentum: weight of the new batch in the running statistics; ``None`` for the cumulative average.
+        affine: whether there are a ``weight`` and a ``bias``.
+        track_running_stats: whether there are running statistics; without, the batch normalises in eval too.
+        device: where the parameters and statistics are made.
+        dtype: their dtype.
+
+    Shape:
+        (N, C, H, W), output the same, in the input's dtype and memory format.
+
+    Raises:
+        ValueError: the input has another rank, or one value per channel while the batch is the statistic.
+        RuntimeError: the input's channels or dtype do not fit the layer's.
+
+    >>> layer = BatchNorm2d(2, momentum=0.3)
+    >>> layer(torch.ones(3, 2, 2, 2)).shape, layer.running_mean, layer.running_var
+    (torch.Size([3, 2, 2, 2]), tensor([0.3000, 0.3000]), tensor([0.7000, 0.7000]))
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1 and section 3.2;
+    https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+
+class BatchNorm3d(_OwnForward, torch.nn.BatchNorm3d):
+    """Batch normalisation of volumes or videos, a drop-in for ``torch.nn.BatchNorm3d``.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``
+
+    See :class:`BatchNorm2d` for the arguments, the modes, and why it is a subclass of torch's layer.
+
+    Shape:
+        (N, C, D, H, W), output the same, in the input's dtype and memory format.
+
+    Raises:
+        ValueError: the input has another rank, or one value per channel while the batch is the statistic.
+        RuntimeError: the input's channels or dtype do not fit the layer's.
+
+    >>> BatchNorm3d(2).eval()(torch.zeros(1, 2, 1, 1, 1)).shape
+    torch.Size([1, 2, 1, 1, 1])
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1;
+    https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm3d.html
+    """

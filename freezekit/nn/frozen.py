@@ -1,0 +1,222 @@
+"""Frozen batch normalisation: what a BN layer becomes, in place, when it is frozen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from freezekit.nn import batchnorm as own
+from freezekit.nn import functional as own_functional
+from freezekit.nn.held import Held, held_class
+
+__all__ = [
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
+    "FrozenSyncBatchNorm",
+    "frozen_class",
+]
+
+
+class _Inference(torch.autograd.Function):
+    """torch's inference op, whose own backward would keep the whole input alive for nothing.
+
+    With gamma and the statistics constant, the gradient is ``grad * gamma / sqrt(var + eps)``: no
+    activation is needed. The forward is the very op of ``nn.BatchNorm2d.eval()``, so the output has the
+    same bits.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, var, weight, _, eps = inputs
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        var, weight = ctx.saved_tensors
+        scale = torch.rsqrt(var + ctx.eps)
+        if weight is not None:
+            scale = scale * weight
+        shape = [1, -1] + [1] * (grad.dim() - 2)
+        return grad * scale.reshape(shape).to(grad.dtype), None, None, None, None, None
+
+
+class _FrozenBatchNorm(Held, _NormBase):
+    """The frozen state of a BN layer: always eval, statistics and affine parameters constant.
+
+    Not an instance of torch's ``_BatchNorm``, on purpose: whatever moves running statistics in the
+    ecosystem (``swa_utils.update_bn``, ``SyncBatchNorm.convert_sync_batchnorm``) finds BN by that class.
+    Parameter, buffer and ``state_dict`` names are those of the live layer.
+    """
+
+    frozen = True
+    _ranks: tuple[int, ...] = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the running statistics; nothing is updated."""
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise ValueError(
+                f"{type(self).__name__} needs running statistics: without them the output depends on the "
+                "rest of the batch. Remedy: construct it with track_running_stats=True"
+            )
+        return self._infer(input, mean, var)
+
+    def _infer(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        trains = weight is not None and (weight.requires_grad or bias.requires_grad)
+        if torch.is_grad_enabled() and input.requires_grad and not trains:
+            output: Tensor = _Inference.apply(input, mean, var, weight, bias, self.eps)
+            return output
+        return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=self.eps)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() not in self._ranks:
+            expected = " or ".join(f"{rank}D" for rank in self._ranks)
+            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+
+
+class FrozenBatchNorm1d(_FrozenBatchNorm):
+    """Frozen ``BatchNorm1d``: eval mode for good, bit-identical to the eval output of torch's layer.
+
+    ``y = (x - running_mean) / sqrt(running_var + eps) * weight + bias``
+
+    Made by :func:`freezekit.freeze` from a live layer, in place. The gradient for the input still flows and
+    no activation is kept for it. Constructor arguments are those of ``torch.nn.BatchNorm1d``.
+
+    Shape:
+        (N, C) or (N, C, L), output the same.
+
+    Raises:
+        ValueError: the input has another rank, or the layer has no running statistics.
+
+    >>> layer = FrozenBatchNorm1d(4)
+    >>> layer.train().training, sorted(layer.state_dict())[:2]
+    (False, ['bias', 'num_batches_tracked'])
+
+    Source: https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
+    """
+
+    _ranks = (2, 3)
+
+
+class FrozenBatchNorm2d(_FrozenBatchNorm):
+    """Frozen ``BatchNorm2d``: eval mode for good, bit-identical to the eval output of torch's layer.
+
+    ``y = (x - running_mean) / sqrt(running_var + eps) * weight + bias``
+
+    Made by :func:`freezekit.freeze` from a live layer, in place. The gradient for the input still flows and
+    no activation is kept for it. Constructor arguments are those of ``torch.nn.BatchNorm2d``.
+
+    Shape:
+        (N, C, H, W), output the same.
+
+    Raises:
+        ValueError: the input has another rank, or the layer has no running statistics.
+
+    >>> layer = FrozenBatchNorm2d(4)
+    >>> layer.train().training, sorted(layer.state_dict())[:2]
+    (False, ['bias', 'num_batches_tracked'])
+
+    Source: https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
+    """
+
+    _ranks = (4,)
+
+
+class FrozenBatchNorm3d(_FrozenBatchNorm):
+    """Frozen ``BatchNorm3d``: eval mode for good, bit-identical to the eval output of torch's layer.
+
+    ``y = (x - running_mean) / sqrt(running_var + eps) * weight + bias``
+
+    Made by :func:`freezekit.freeze` from a live layer, in place. The gradient for the input still flows and
+    no activation is kept for it. Constructor arguments are those of ``torch.nn.BatchNorm3d``.
+
+    Shape:
+        (N, C, D, H, W), output the same.
+
+    Raises:
+        ValueError: the input has another rank, or the layer has no running statistics.
+
+    >>> layer = FrozenBatchNorm3d(4)
+    >>> layer.train().training, sorted(layer.state_dict())[:2]
+    (False, ['bias', 'num_batches_tracked'])
+
+    Source: https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm3d.html
+    """
+
+    _ranks = (5,)
+
+
+class FrozenSyncBatchNorm(_FrozenBatchNorm):
+    """Frozen ``SyncBatchNorm``: as :class:`FrozenBatchNorm2d`, for any rank, and without collectives.
+
+    Shape:
+        (N, C, *), output the same.
+
+    >>> FrozenSyncBatchNorm(2)(torch.ones(1, 2, 1)).shape
+    torch.Size([1, 2, 1])
+
+    Source: https://pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+class _OwnInference(_FrozenBatchNorm):
+    """Mixin: the eval arithmetic of freezekit's own layers, whose bits differ from torch's op."""
+
+    def _infer(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return own_functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
+
+
+class _FrozenOwnBatchNorm1d(_OwnInference, FrozenBatchNorm1d):
+    pass
+
+
+class _FrozenOwnBatchNorm2d(_OwnInference, FrozenBatchNorm2d):
+    pass
+
+
+class _FrozenOwnBatchNorm3d(_OwnInference, FrozenBatchNorm3d):
+    pass
+
+
+_FROZEN: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: FrozenBatchNorm1d,
+    nn.BatchNorm2d: FrozenBatchNorm2d,
+    nn.BatchNorm3d: FrozenBatchNorm3d,
+    nn.SyncBatchNorm: FrozenSyncBatchNorm,
+    own.BatchNorm1d: _FrozenOwnBatchNorm1d,
+    own.BatchNorm2d: _FrozenOwnBatchNorm2d,
+    own.BatchNorm3d: _FrozenOwnBatchNorm3d,
+}
+
+
+def frozen_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a module of class ``cls`` is given when it is frozen.
+
+    A plain BN layer has a frozen counterpart; anything else, a BN *subclass* included (it may hold more
+    than BN, such as timm's activation), keeps its own forward and is merely held in eval mode.
+
+    >>> frozen_class(nn.BatchNorm2d) is FrozenBatchNorm2d, frozen_class(nn.Conv2d).__name__
+    (True, 'FrozenConv2d')
+    """
+    return _FROZEN.get(cls) or held_class(cls)

@@ -1,0 +1,206 @@
+"""The arithmetic of freezekit's own layers: pure functions of tensors, from elementwise ops and means.
+
+No ready-made normalisation op is called, so the formulas below are what runs, on CPU, CUDA and meta alike.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["batch_norm_eval", "batch_norm_train", "check_operands", "update_running_stats"]
+
+
+def check_operands(input: Tensor, **operands: Tensor | None) -> None:
+    """Refuse parameters and statistics that do not fit the input, where broadcasting would hide it.
+
+    Args:
+        input: the layer's input, channels in dimension 1.
+        operands: per-channel tensors by name; ``None`` is skipped.
+
+    Shape:
+        ``input`` (N, C, *), every operand (C).
+
+    Raises:
+        NotImplementedError: the input is not floating point.
+        RuntimeError: an operand has another number of elements than the input has channels, or a dtype that
+            is neither the input's nor float32 beside a half-precision input.
+
+    >>> check_operands(torch.ones(2, 3), weight=torch.ones(4))
+    Traceback (most recent call last):
+    RuntimeError: weight should contain 3 elements not 4: the input of shape (2, 3) has 3 channels
+
+    Source: the conditions of ``torch.nn.functional.batch_norm``.
+    """
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f'"batch_norm" not implemented for {input.dtype}: the input must be floating point'
+        )
+    channels = input.size(1)
+    allowed = (input.dtype, _compute_dtype(input))
+    for name, operand in operands.items():
+        if operand is None:
+            continue
+        if operand.numel() != channels:
+            raise RuntimeError(
+                f"{name} should contain {channels} elements not {operand.numel()}: "
+                f"the input of shape {tuple(input.shape)} has {channels} channels"
+            )
+        if operand.dtype not in allowed:
+            expected = " or ".join(dict.fromkeys(map(str, allowed)))
+            raise RuntimeError(f"{name} is {operand.dtype}, but a {input.dtype} input takes {expected}")
+
+
+def batch_norm_train(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise by the statistics of the batch.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``, with the mean and the biased variance over every
+    dimension but the channels. An empty batch gives an empty output, mean 0 and variance 1.
+
+    Args:
+        input: floating point; float16 and bfloat16 are computed in float32.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The output in the input's dtype, the mean, and the biased variance, both at least float32.
+
+    Shape:
+        ``input`` and output (N, C, *), everything else (C).
+
+    Raises:
+        ValueError: ``eps`` is not positive.
+        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+
+    >>> output, mean, var = batch_norm_train(torch.tensor([[1.0], [3.0]]), None, None, 1e-5)
+    >>> mean.item(), var.item(), [round(y, 4) for y in output.flatten().tolist()]
+    (2.0, 1.0, [-1.0, 1.0])
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1.
+    """
+    if eps <= 0.0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+    check_operands(input, weight=weight, bias=bias)
+    x = input.to(_compute_dtype(input))
+    if x.numel() == 0:
+        mean, var = x.new_zeros(x.size(1)), x.new_ones(x.size(1))
+        return batch_norm_eval(input, mean, var, weight, bias, eps), mean, var
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    # A mean of 1e4 in float32 is off by up to 5e-4, which at a deviation of 1e-2 moves the output by 0.05.
+    # What is left after subtracting it is small, so its mean is exact enough to take that error out again.
+    # Nothing depends on the first shift, so it needs no gradient.
+    shift = x.detach().mean(dims, keepdim=True)
+    centred = x - shift
+    rest = centred.mean(dims, keepdim=True)
+    centred = centred - rest
+    var = centred.square().mean(dims)
+    return _scale(input, centred, var, weight, bias, eps), (shift + rest).flatten(), var
+
+
+def batch_norm_eval(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Normalise by given statistics.
+
+    ``y = (x - running_mean) * (weight / sqrt(running_var + eps)) + bias``, one rounding an operation: a
+    sample's output has the same bits whatever else is in the batch.
+
+    Args:
+        input: floating point; float16 and bfloat16 are computed in float32.
+        running_mean: the mean to subtract.
+        running_var: the variance to divide by.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The output in the input's dtype.
+
+    Shape:
+        ``input`` and output (N, C, *), everything else (C).
+
+    Raises:
+        ValueError: ``eps`` is negative.
+        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+
+    >>> mean, var = torch.tensor([1.0]), torch.tensor([4.0])
+    >>> batch_norm_eval(torch.tensor([[5.0]]), mean, var, None, torch.tensor([1.0]), 0.0)
+    tensor([[3.]])
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 2, step 11.
+    """
+    if eps < 0.0:
+        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
+    check_operands(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    centred = input.to(_compute_dtype(input)) - _per_channel(running_mean, input)
+    return _scale(input, centred, running_var, weight, bias, eps)
+
+
+def update_running_stats(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, n: int, factor: float | Tensor
+) -> None:
+    """Move the running statistics towards a batch's, in place.
+
+    ``running = (1 - factor) * running + factor * batch``, with the unbiased variance ``var * n / (n - 1)``.
+
+    Args:
+        running_mean: updated in place, in its own dtype.
+        running_var: updated in place, in its own dtype.
+        mean: the batch's mean.
+        var: the batch's biased variance, as :func:`batch_norm_train` returns it.
+        n: values per channel in the batch; with 0 nothing is updated.
+        factor: torch's ``momentum``, or 1 / (batches seen) for the cumulative average.
+
+    Shape:
+        Every tensor (C).
+
+    Raises:
+        ValueError: ``n`` is 1: a single value has no unbiased variance.
+
+    >>> mean, var = torch.zeros(1), torch.ones(1)
+    >>> update_running_stats(mean, var, torch.tensor([2.0]), torch.tensor([3.0]), n=4, factor=0.5)
+    >>> mean.item(), var.item()
+    (1.0, 2.5)
+
+    Source: Ioffe and Szegedy 2015, arXiv:1502.03167, section 3.1; ``torch.nn.BatchNorm2d`` on momentum.
+    """
+    if n == 1:
+        raise ValueError(
+            "cannot update running statistics from 1 value per channel: its unbiased variance is 0/0"
+        )
+    if n == 0:
+        return
+    with torch.no_grad():
+        for running, batch in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
+            running.copy_(running.to(batch.dtype) * (1 - factor) + batch * factor)
+
+
+def _compute_dtype(input: Tensor) -> torch.dtype:
+    return torch.promote_types(input.dtype, torch.float32)
+
+
+def _per_channel(values: Tensor, input: Tensor) -> Tensor:
+    return values.to(_compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
+
+
+def _scale(
+    input: Tensor, centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    deviation = (_per_channel(var, input) + eps).sqrt()
+    # Divided, not multiplied by rsqrt: a division is correctly rounded on every device.
+    output = centred * (deviation.reciprocal() if weight is None else _per_channel(weight, input) / deviation)
+    if bias is not None:
+        output = output + _per_channel(bias, input)
+    output = output.to(input.dtype)
+    # As torch's layer: channels-last stays, any other order of strides comes out contiguous, so that
+    # `bn(x.transpose(1, 2)).view(...)` works. (`is_contiguous(memory_format=)` cannot be asked under vmap.)
+    channels_last = output.dim() in (4, 5) and output.stride(1) == 1
+    return output if channels_last else output.contiguous()

@@ -1,0 +1,86 @@
+"""Held: what makes a module stay in eval mode whatever is asked of it.
+
+``model.train()`` and ``m.training = True`` both assign to the attribute ``training``. A held module's
+class has a property of that name that is always ``False``, so neither can reach it; and since this is a
+matter of class and not of the instance, it survives copies, pickles and compilation.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+__all__ = ["Held", "held_class"]
+
+
+class Held:
+    """Mixin of every module class that is frozen: ``training`` is always ``False``.
+
+    The mode the module had when it was frozen stays untouched in its ``__dict__``, where ``undo()`` finds
+    it; the mode last asked for meanwhile is kept beside it, for ``unfreeze``.
+    """
+
+    _asked_training: bool
+
+    @property
+    def training(self) -> bool:
+        """Always ``False``; assigning to it has no effect until the module is unfrozen."""
+        return False
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["_asked_training"] = mode
+
+
+class _HeldSubclass(Held):
+    """A class made at run time for a module class that has no frozen counterpart of its own."""
+
+    _freezekit_base: type[nn.Module]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # Stops here on purpose: the module's own __init_subclass__ is for classes its authors write.
+        pass
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class cannot be found by name, so a pickle (or a copy) makes it again from its base.
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),):
+            return (_new_held, (self._freezekit_base,), *reduced[2:])
+        return reduced
+
+
+_held_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def held_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the held subclass of a module class: its own forward, always in eval mode.
+
+    Args:
+        base: any module class.
+
+    Returns:
+        One and the same class for each ``base``, named ``Frozen<base>``.
+
+    >>> dropout = held_class(nn.Dropout)()
+    >>> dropout.train().training, isinstance(dropout, nn.Dropout), type(dropout).__name__
+    (False, True, 'FrozenDropout')
+    """
+    if base not in _held_classes:
+
+        def body(namespace: dict[str, Any]) -> None:
+            # `__module__` stays the base's: tracers tell torch's own leaf modules by it.
+            namespace.update(_freezekit_base=base, __module__=base.__module__, __doc__=base.__doc__)
+            if issubclass(base, _NormBase):
+                # update_bn() finds a BN subclass by its base class and would wipe the statistics
+                namespace["reset_running_stats"] = lambda self: None
+
+        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", (_HeldSubclass, base), exec_body=body)
+    return _held_classes[base]
+
+
+def _new_held(base: type[nn.Module]) -> nn.Module:
+    cls = held_class(base)
+    return cls.__new__(cls)

@@ -1,0 +1,1 @@
+"""Rendering: a DriftReport in, text out."""
