@@ -52,9 +52,9 @@ def audit_checkpoint(
     if frozen is not None and against is None:
         raise FreezekitError(
             "there is nothing to compare the frozen layers with",
-            where="frozen=",
+            where="frozen",
             got="no base file",
-            remedy="give the checkpoint training started from (against=, --against)",
+            remedy="give the checkpoint that training started from as well (--against BASE)",
         )
     table = read_checkpoint(path)
     if against is None:
@@ -68,7 +68,7 @@ def audit_checkpoint(
         names, scope = _inferred(base, table)
     else:
         every = list(dict.fromkeys([*base, *table]))
-        names = set(select(frozen, every, where="--frozen", kind="layer or tensor"))
+        names = set(select(frozen, every, where="frozen", kind="layer or tensor"))
         scope = "as given"
     compared, findings_found, changed = drift.compare(base, table, names)
     return DriftReport(

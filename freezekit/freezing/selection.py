@@ -175,4 +175,6 @@ def _call_to_make(model: nn.Module, heads: Sequence[str]) -> str:
     if not likely:
         return 'freezekit.freeze(model, "*") freezes all of a model'
     calls = " or ".join(f"freezekit.freeze_backbone(model, head={name!r})" for name in likely)
+    if "backbone" in with_parameters:
+        calls = "freezekit.freeze_backbone(model, backbone='backbone')"
     return f"say which it is, for example {calls}"

@@ -30,7 +30,7 @@ def layout(report: DriftReport) -> Group:
     against = f" against {printable(report.against, 200)}" if report.against else ""
     parts: list[RenderableType] = [
         _verdict(report),
-        Text(f"{printable(report.source, 200)}{against}", style="dim"),
+        Text(f"{printable(report.source, 200)}{against}", style="dim", no_wrap=True, overflow="ignore"),
     ]
     if report.against:
         parts.append(Text(f"frozen: {report.scope} ({report.compared} tensors)", style="dim"))
@@ -98,9 +98,15 @@ def _findings(code: str, findings: list[Finding]) -> list[RenderableType]:
     for finding in findings[:limit]:
         at = "" if finding.step is None else f" at step {finding.step}"
         lines.append(
-            Padding(Text(f"{printable(finding.name) or '(model)'}{at}: {finding.message}"), (0, 0, 0, 2))
+            Padding(
+                Text(f"{printable(finding.name) or '(model)'}{at}: {finding.message}"),
+                (0, 0, 0, 2),
+                expand=False,
+            )
         )
     if len(findings) > limit:
-        lines.append(Padding(Text(f"and {len(findings) - limit} more", style="dim"), (0, 0, 0, 2)))
-    lines.append(Padding(Text(f"fix: {findings[0].fix}"), (0, 0, 0, 2)))
+        lines.append(
+            Padding(Text(f"and {len(findings) - limit} more", style="dim"), (0, 0, 0, 2), expand=False)
+        )
+    lines.append(Padding(Text(f"fix: {findings[0].fix}"), (0, 0, 0, 2), expand=False))
     return lines

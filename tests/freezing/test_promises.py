@@ -59,7 +59,9 @@ def test_naive_freezing_breaks_state_or_behaviour(name: str) -> None:
     before = zoo.snapshot(model)
     optimizer = torch.optim.SGD(model.get_submodule(head_of(name)).parameters(), lr=0.1)
     zoo.train(model, optimizer, x)
-    moved = [n for n, bits in zoo.snapshot(model).items() if bits != before[n] and not n.startswith(head_of(name))]
+    moved = [
+        n for n, bits in zoo.snapshot(model).items() if bits != before[n] and not n.startswith(head_of(name))
+    ]
     has_bn = any("running_mean" in n for n in before)
     assert bool(moved) == has_bn
     assert not torch.equal(zoo.features(model, head_of(name), x), expected)

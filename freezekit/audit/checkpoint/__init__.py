@@ -36,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
     Raises:
         CheckpointError: the file is missing, damaged, unsupported or hostile; ``read()`` raises it too.
     """
-    source = os.fspath(path)
+    source = os.fsdecode(path)
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)
         with file.open() as stream:

@@ -22,6 +22,7 @@ _DICTS = {
 }
 _SEQUENCES = {GlobalRef("builtins", name) for name in ("list", "tuple", "set", "frozenset")}
 _NEW_OBJECT = {GlobalRef("copyreg", name) for name in ("_reconstructor", "__newobj__", "__newobj_ex__")}
+_GETATTR = GlobalRef("builtins", "getattr")
 _FROM_TYPE = {
     GlobalRef(module, name)
     for module in ("torch._tensor", "torch.tensor", "torch._utils")
@@ -41,6 +42,8 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         CheckpointError: the call could do harm.
     """
     args = as_tuple(given)
+    if function == _GETATTR and (nested := _nested_class(args)) is not None:
+        return nested
     # each turn unwraps one layer, so that a file cannot make this recurse
     is_parameter = False
     while isinstance(function, GlobalRef):
@@ -52,8 +55,9 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         else:
             break
     if not isinstance(function, GlobalRef):
-        maker = function.made_by if isinstance(function, Opaque) else None
-        raise _harm(f"the result of {maker}" if maker else "something computed", args)
+        if not isinstance(function, Opaque):
+            raise TypeError("something is called that cannot be")
+        raise _harm(f"the result of {function.made_by or 'something unknown'}", args)
     made = _plain_data(function, args)
     if made is None:
         made = rebuild(function, args)
@@ -107,15 +111,25 @@ def _judge(function: GlobalRef, args: tuple[Any, ...], plain: bool) -> None:
 
 
 def _only_a_type(function: GlobalRef, args: tuple[Any, ...]) -> bool:
-    """Tell whether a call only names a type: ``type(None)``, ``list[int]``, a nested class by ``getattr``."""
+    """Tell whether a call only names a type or a bound method: ``type(None)``, ``list[int]``, ``getattr``."""
     if str(function) == "builtins.type":
         return len(args) == 1 and args[0] is None
     if str(function) == "operator.getitem" and len(args) == 2 and isinstance(args[0], GlobalRef):
         return args[0].module in ("typing", "collections.abc", "builtins") and "." not in args[0].name
-    # what getattr gives is opaque, and calling what is opaque is refused
-    if str(function) == "builtins.getattr" and len(args) == 2 and isinstance(args[1], str):
-        return isinstance(args[0], GlobalRef | Opaque) and not args[1].startswith("__")
+    # a hook that is an object's method; calling it, as calling anything opaque, is refused
+    if function == _GETATTR and len(args) == 2 and isinstance(args[1], str):
+        return isinstance(args[0], Opaque) and not args[1].startswith("__")
     return False
+
+
+def _nested_class(args: tuple[Any, ...]) -> GlobalRef | None:
+    """Return what ``getattr(Outer, "Inner")`` names, as pickle protocol 2 writes a nested class."""
+    if len(args) != 2 or not isinstance(args[0], GlobalRef) or not isinstance(args[1], str):
+        return None
+    outer, name = args
+    if name.startswith("__") or len(outer.name) + len(name) > 500:
+        return None
+    return GlobalRef(outer.module, f"{outer.name}.{name}")  # judged like any other name when it is called
 
 
 def _harm(name: str, args: tuple[Any, ...]) -> CheckpointError:

@@ -108,6 +108,8 @@ def children(value: object) -> list[tuple[str, Any]]:
 
 def describe(value: object) -> str:
     """Say in a few words what an object is, without looking into it any deeper."""
+    if isinstance(value, Key):
+        value = value.value
     if isinstance(value, dict):
         keys = [f"'{printable(key, 30)}'" for key in list(value)[:6] if isinstance(key, str)]
         more = ", …" if len(value) > len(keys) else ""

@@ -27,6 +27,8 @@ MAX_PICKLE_BYTES = 256 * 2**20
 MAX_OPCODES = 30_000_000
 #: a real pickler numbers its memo from 0 up
 _MAX_MEMO_INDEX = 2**32
+#: only the oldest opcodes are followed by a line of text
+_MAX_LINE_BYTES = 2**24
 
 _LITERALS = {
     "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "STRING", "BINSTRING", "SHORT_BINSTRING",
@@ -77,7 +79,7 @@ class LimitedReader:
 
     def readline(self) -> bytes:
         """Read up to a newline."""
-        return self._count(self._stream.readline(MAX_PICKLE_BYTES))
+        return self._count(self._stream.readline(_MAX_LINE_BYTES))
 
     def _refuse(self, size: int) -> None:
         if size > self._remaining:

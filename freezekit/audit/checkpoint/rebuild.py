@@ -122,5 +122,9 @@ def _dtype(ref: Any) -> str:
 
 
 def holds_tensor(value: object) -> bool:
-    """Tell whether an opaque object was made directly from a tensor or a storage."""
-    return isinstance(value, Opaque) and any(isinstance(arg, TensorRef | StorageRef) for arg in value.args)
+    """Tell whether an opaque object is a kind of tensor, by what it was made from or is called."""
+    if not isinstance(value, Opaque) or value.made_by is None:
+        return False
+    last = value.made_by.name.rpartition(".")[2]
+    from_one = any(isinstance(arg, TensorRef | StorageRef) for arg in value.args)
+    return from_one or last.endswith(("Tensor", "Parameter", "Buffer"))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, children, describe
 from freezekit.audit.checkpoint.rebuild import holds_tensor
-from freezekit.audit.state import Role
+from freezekit.audit.state import Role, role_of
 from freezekit.errors import CheckpointError
 
 __all__ = ["MAX_KEYS", "State", "find_state", "model_names", "too_many_keys"]
@@ -23,6 +23,7 @@ _WELL_KNOWN = (
     "generator", "discriminator", "backbone", "encoder",
 )  # fmt: skip
 _MAX_NESTING = 12
+_MAX_MODULES = 100_000
 
 
 @dataclass(slots=True)
@@ -228,28 +229,33 @@ def _module_state(module: object, path: str) -> State:
         value, prefix = waiting.pop()
         visits += 1
         # a module inside itself would go on for ever, and so would shared ones nested deep enough
-        if visits > MAX_KEYS or len(prefix) > 10_000:
+        if visits > _MAX_MODULES or len(prefix) > 10_000:
             raise CheckpointError("its modules are nested without end", remedy="save model.state_dict()")
         if not _is_module(value):
             continue
         parts = value.state
         passing = parts.get("_non_persistent_buffers_set")
         passing = {name for name in passing if isinstance(name, str)} if isinstance(passing, list) else set()
-        for part, role in (("_parameters", "parameter"), ("_buffers", None)):
-            for name, item in parts[part].items():
-                tensor = _as_tensor(item)
-                if tensor is None or not isinstance(name, str) or (part == "_buffers" and name in passing):
-                    continue
+        for name, tensor in _named_tensors(parts["_parameters"]):
+            found.tensors[prefix + name] = tensor
+            found.roles[prefix + name] = "parameter"
+        for name, tensor in _named_tensors(parts["_buffers"]):
+            if name not in passing:
                 found.tensors[prefix + name] = tensor
-                if role == "parameter":
-                    found.roles[prefix + name] = "parameter"
-                elif not name.startswith(("running_", "num_batches_")):
-                    found.roles[prefix + name] = "buffer"
+                role = role_of(name, tensor.dtype)
+                found.roles[prefix + name] = "buffer" if role == "parameter" else role
         children_ = [(child, f"{prefix}{name}.") for name, child in parts["_modules"].items()]
         waiting += reversed(children_)
         if len(found.tensors) > MAX_KEYS:
             raise too_many_keys(len(found.tensors))
     return found
+
+
+def _named_tensors(mapping: dict[Any, Any]) -> Iterator[tuple[str, TensorRef]]:
+    for name, value in mapping.items():
+        tensor = _as_tensor(value)
+        if tensor is not None and isinstance(name, str):
+            yield name, tensor
 
 
 def _listed(names: list[str]) -> str:

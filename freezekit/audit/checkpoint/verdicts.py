@@ -74,7 +74,7 @@ _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy 
 _NUMPY_NAMES = re.compile(
     r"_reconstruct|scalar|_frombuffer|dtype|ndarray|matrix|recarray|record|_mareconstruct|void|(bool|str|bytes|object)_?"
     r"|u?int(c|p|8|16|32|64)?|u?(byte|short|longlong|long)|(float|complex|datetime|timedelta)\d*|c?longdouble|half|single|c?double"
-    r"|__(randomstate|generator|bit_generator)_ctor|_?[A-Z]\w*"
+    r"|__(randomstate|generator|bit_generator)_ctor|__pyx_unpickle_\w+|_?[A-Z]\w*"
 )
 
 

@@ -1,0 +1,290 @@
+"""The live auditor: every fault is injected before it is said to be detected."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import freezekit
+from freezekit import DriftAuditor, DriftError, DriftWarning, FreezekitError, SelectionError
+
+
+class Counting(nn.Module):
+    """Has a buffer of its own, moved by its forward in train mode, and a non-persistent one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3))
+        self.register_buffer("seen", torch.zeros(2))
+        self.register_buffer("hidden", torch.ones(2), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.seen += 1
+        return x * self.weight
+
+
+def model_and_optimizer(freeze: str = "naive") -> tuple[nn.ModuleDict, torch.optim.Optimizer]:
+    model = nn.ModuleDict(
+        {"bn": nn.BatchNorm1d(3), "own": Counting(), "lin": nn.Linear(3, 3), "fc": nn.Linear(3, 2)}
+    )
+    zoo.scramble(model)
+    if freeze == "naive":
+        for name in ("bn", "own", "lin"):
+            model[name].requires_grad_(False)
+    elif freeze == "ours":
+        freezekit.freeze(model, ["bn", "own", "lin"])
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def step(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    model.train()
+    optimizer.zero_grad()
+    x = torch.randn(8, 3) * 2 + 1
+    model["fc"](model["lin"](model["own"](model["bn"](x)))).square().mean().backward()
+    optimizer.step()
+
+
+def test_naive_freezing_is_caught_at_the_first_step_and_explained() -> None:
+    model, optimizer = model_and_optimizer()
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        for _ in range(3):
+            step(model, optimizer)
+    report = auditor.report()
+    assert not report.clean
+    assert [(f.code, f.name, f.step) for f in report.findings] == [
+        ("FK101", "bn", 1),
+        ("FK104", "own.seen", 1),
+    ]
+    assert report.findings[0].message.endswith("over 3 batches; in train mode")
+    assert "freeze_backbone" in report.findings[0].fix
+    assert report.changed == ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked", "own.seen")
+    (layer,) = report.layers
+    assert (layer.name, layer.kind, layer.channels, layer.batches, layer.step) == (
+        "bn",
+        "BatchNorm1d",
+        3,
+        3,
+        1,
+    )
+
+
+def test_the_size_of_the_drift_is_in_sigmas() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    bn = model["bn"]
+    mean, var = bn.running_mean.clone().double(), bn.running_var.clone().double()
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        bn.running_mean[1] += 2
+        bn.running_var[2] *= 4
+    (layer,) = auditor.report().layers
+    sigma = (var + bn.eps).sqrt()
+    shift = ((bn.running_mean.double() - mean).abs() / sigma).max()
+    assert layer.mean_shift_sigma == pytest.approx(float(shift))
+    assert layer.var_ratio == pytest.approx(float(((4 * var[2] + bn.eps).sqrt()) / sigma[2]))
+
+
+def test_our_freeze_is_clean() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer) as auditor:
+        for _ in range(5):
+            step(model, optimizer)
+    assert auditor.step == 5
+    report = auditor.report()
+    assert report.clean
+    assert report.compared == 10
+    assert report.changed == ()
+
+
+def _reshape(model: nn.ModuleDict) -> None:
+    model["bn"].running_mean = torch.zeros(4)
+
+
+def _replace(model: nn.ModuleDict) -> None:
+    model["lin"].weight = nn.Parameter(model["lin"].weight.detach().clone() + 1e-6, requires_grad=False)
+
+
+def _remove(model: nn.ModuleDict) -> None:
+    del model["own"].hidden
+
+
+FAULTS: dict[str, tuple[Callable[[nn.ModuleDict], object], str, str, str]] = {
+    "statistics": (lambda m: m["bn"].running_var.mul_(1.0001), "FK101", "bn", "spread by x1"),
+    "counter alone": (lambda m: m["bn"].num_batches_tracked.add_(1), "FK102", "bn", "num_batches_tracked went from"),
+    "one bit of a parameter": (
+        lambda m: m["lin"].weight.data.view(torch.int32)[0, 0].bitwise_xor_(1), "FK103", "lin.weight", "1 of 9 values",
+    ),
+    "sign of a zero": (lambda m: m["lin"].bias.data.neg_(), "FK103", "lin.bias", "only signs of zero"),
+    "replaced parameter": (_replace, "FK103", "lin.weight", "9 of 9 values by up to"),
+    "buffer": (lambda m: m["own"].seen.add_(1), "FK104", "own.seen", "2 of 2 values by up to 1"),
+    "non-persistent buffer": (lambda m: m["own"].hidden.zero_(), "FK104", "own.hidden", "buffer changed"),
+    "reshaped": (_reshape, "FK105", "bn.running_mean", r"reshaped from \[3\] to \[4\]"),
+    "recast": (lambda m: m["lin"].half(), "FK105", "lin.weight", "recast from float32 to float16"),
+    "missing": (_remove, "FK105", "own.hidden", "is missing"),
+    "missing statistics": (lambda m: setattr(m["bn"], "running_var", None), "FK105", "bn.running_var", "is missing"),
+    "added": (lambda m: m["own"].register_buffer("new", torch.ones(3)), "FK105", "own.new", "was added"),
+    "NaN": (lambda m: m["bn"].running_mean.fill_(float("nan")), "FK101", "bn", "moved"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_injected_faults(fault: str) -> None:
+    inject, code, name, message = FAULTS[fault]
+    model, optimizer = model_and_optimizer("ours")
+    model["lin"].bias.data.zero_()
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        optimizer.step()
+        assert auditor.check() == []
+        inject(model)
+        optimizer.step()
+    report = auditor.report()
+    found = {(f.code, f.name): f for f in report.findings}
+    assert (code, name) in found
+    finding = found[code, name]
+    assert finding.step == 2
+    assert re.search(message, finding.message), finding.message
+    json.loads(report.to_json())
+    assert finding.code in str(report)
+
+
+def test_nan_equals_nan() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    model["bn"].running_mean.fill_(float("nan"))
+    with DriftAuditor(model, optimizer) as auditor:
+        optimizer.step()
+    assert auditor.report().clean
+
+
+def test_raise_is_the_default_and_stops_the_loop() -> None:
+    model, optimizer = model_and_optimizer()
+    steps = 0
+    with (
+        pytest.raises(DriftError, match=r"FK101 bn at step 1: .* \(and 1 more\)\. Remedy: ") as caught,
+        DriftAuditor(model, optimizer),
+    ):
+        for _ in range(3):
+            step(model, optimizer)
+            steps += 1
+    assert steps == 0
+    assert caught.value.report.findings[0].name == "bn"
+
+
+def test_warn_says_each_thing_once() -> None:
+    model, optimizer = model_and_optimizer()
+    with warnings.catch_warnings(record=True) as caught, DriftAuditor(model, optimizer, on_drift="warn"):
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(model, optimizer)
+        model["lin"].weight.data += 1
+        step(model, optimizer)
+    assert [w.category for w in caught] == [DriftWarning] * 2
+    assert "FK101 bn at step 1" in str(caught[0].message)
+    assert "FK103 lin.weight at step 4" in str(caught[1].message)
+
+
+def test_every_so_many_steps() -> None:
+    model, optimizer = model_and_optimizer()
+    with DriftAuditor(model, optimizer, every=3, on_drift="record") as auditor:
+        for _ in range(4):
+            step(model, optimizer)
+    assert {f.step for f in auditor.report().findings} == {3}
+
+
+def test_without_an_optimizer_it_follows_those_of_the_model() -> None:
+    model, optimizer = model_and_optimizer()
+    other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with DriftAuditor(model, on_drift="record") as auditor:
+        for _ in range(2):
+            step(model, optimizer)
+            other.step()
+    assert auditor.step == 2
+    step(model, optimizer)
+    assert auditor.step == 2  # detached
+
+
+def test_attach_needs_no_with() -> None:
+    model, optimizer = model_and_optimizer()
+    auditor = DriftAuditor(model, optimizer, on_drift="record").attach()
+    assert auditor.attach() is auditor  # twice is once
+    step(model, optimizer)
+    auditor.detach()
+    assert auditor.step == 1
+    assert not auditor.report().clean
+
+
+def test_an_exception_in_the_loop_is_not_masked() -> None:
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(KeyError, match="mine"), DriftAuditor(model, optimizer):
+        model["bn"].running_mean.add_(1)
+        raise KeyError("mine")
+
+
+def test_drift_after_the_last_step_is_found_on_leaving() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with pytest.raises(DriftError, match="FK101"), DriftAuditor(model, optimizer):
+        step(model, optimizer)
+        model["bn"].running_mean.add_(1)
+
+
+def test_frozen_as_globs_or_as_a_handle() -> None:
+    model, optimizer = model_and_optimizer("not at all")
+    auditor = DriftAuditor(model, optimizer, frozen=["bn"], on_drift="record")
+    with auditor:
+        step(model, optimizer)
+    assert {f.name for f in auditor.report().findings} == {"bn", "bn.weight", "bn.bias"}
+    handle = freezekit.freeze(model, "bn")
+    assert DriftAuditor(model, frozen=handle.frozen).report().compared == 5
+
+
+def test_buffers_without_parameters_go_with_their_surroundings() -> None:
+    model = nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)),
+            "top": nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)),
+        }
+    )
+    model["body"].requires_grad_(False)
+    names = {layer.name for layer in DriftAuditor(model).report().layers}
+    assert names == {"body.1"}
+
+
+def test_wrong_use() -> None:
+    model, optimizer = model_and_optimizer("not at all")
+    with pytest.raises(FreezekitError, match=r"nothing in the model is frozen.*freeze_backbone"):
+        DriftAuditor(model, optimizer)
+    with pytest.raises(SelectionError, match="did you mean 'bn'"):
+        DriftAuditor(model, optimizer, frozen="bm")
+    with pytest.raises(FreezekitError, match="on_drift=: unknown reaction .got 'panic'"):
+        DriftAuditor(model, optimizer, frozen="bn", on_drift="panic")  # type: ignore[arg-type]
+    with pytest.raises(FreezekitError, match="every="):
+        DriftAuditor(model, optimizer, frozen="bn", every=0)
+
+
+@pytest.mark.parametrize("name", list(zoo.ZOO))
+def test_real_architectures(name: str) -> None:
+    head = zoo.ZOO[name][2]
+    for how in ("naive", "ours"):
+        model, x = zoo.make(name), zoo.images(name)
+        if how == "ours":
+            freezekit.freeze_backbone(model)
+        else:
+            for parameter_name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter_name.startswith(head))
+        bn = [n for n, m in model.named_modules() if getattr(m, "running_mean", None) is not None]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+            zoo.train(model, optimizer, x, steps=2)
+        report = auditor.report()
+        assert [layer.name for layer in report.layers] == bn
+        if how == "ours":
+            assert report.clean
+        else:
+            assert [f.name for f in report.findings] == bn
+            assert len(report.changed) == 3 * len(bn)
+            assert all(f.step == 1 for f in report.findings)

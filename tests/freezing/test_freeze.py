@@ -1,0 +1,260 @@
+"""freeze, unfreeze, the handle, and layers of every kind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import freezekit
+from freezekit import SelectionError, freeze, freeze_backbone, is_frozen, trainable_parameters, unfreeze
+
+
+def mlp() -> nn.Sequential:
+    layers = OrderedDict(
+        a=nn.Linear(4, 8), bn=nn.BatchNorm1d(8), drop=nn.Dropout(0.5), b=nn.Linear(8, 8), fc=nn.Linear(8, 2)
+    )
+    return zoo.scramble(nn.Sequential(layers))  # type: ignore[return-value]
+
+
+def test_a_layer_is_held_when_all_of_it_is_named() -> None:
+    model = mlp()
+    freeze(model, ["bn.*", "a"])
+    model.train()
+    assert not model.bn.training
+    assert not model.a.training
+    assert model.drop.training
+    assert model.training
+
+
+def test_a_parameter_alone_only_stops_training() -> None:
+    model = mlp()
+    handle = freeze(model, "bn.weight")
+    model.train()
+    assert model.bn.training
+    assert handle.frozen == ["bn.weight"]
+    assert not model.bn.weight.requires_grad
+    assert model.bn.bias.requires_grad
+    handle.undo()
+    assert model.bn.weight.requires_grad
+
+
+def test_a_buffer_alone_is_refused() -> None:
+    with pytest.raises(SelectionError, match=r"'bn.running_mean'.*name the layer, 'bn'"):
+        freeze(mlp(), "bn.running_mean")
+
+
+def test_everything_can_be_frozen() -> None:
+    model = mlp()
+    freeze(model, "*")
+    model.train()
+    assert not model.training
+    assert trainable_parameters(model) == []
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_overlapping_freezes_end_when_the_last_does(order: tuple[int, int]) -> None:
+    model = mlp()
+    handles = [freeze(model, ["a", "bn"]), freeze(model, ["bn", "b"])]
+    handles[order[0]].undo()
+    assert is_frozen(model, "bn")
+    assert is_frozen(model, "bn.weight")
+    assert is_frozen(model, "a") == (order[0] == 1)
+    handles[order[1]].undo()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(type(module).__module__.startswith("torch.nn") for module in model.modules())
+    assert not any(key.startswith("_freezekit") for module in model.modules() for key in module.__dict__)
+
+
+def test_requires_grad_is_that_of_before_the_first_freeze() -> None:
+    model = mlp()
+    model.a.bias.requires_grad_(False)
+    first, second = freeze(model, "a"), freeze(model, "a")
+    first.undo()
+    second.undo()
+    assert [p.requires_grad for p in model.a.parameters()] == [True, False]
+
+
+def test_unfreeze_takes_up_the_mode_last_asked_for() -> None:
+    model = mlp().eval()
+    freeze(model, ["a", "bn"])
+    model.train()
+    unfreeze(model, "bn")
+    assert model.bn.training
+    assert type(model.bn) is nn.BatchNorm1d
+    assert is_frozen(model, "a")
+    before = model.bn.running_mean.clone()
+    model(torch.randn(4, 4))
+    assert not torch.equal(model.bn.running_mean, before)
+
+
+def test_undo_restores_the_mode_at_the_freeze() -> None:
+    model = mlp().eval()
+    handle = freeze(model, ["a", "bn"])
+    model.train()
+    handle.undo()
+    assert not model.bn.training
+
+
+def test_unfreezing_inside_lets_the_layers_above_train() -> None:
+    model = zoo.make("resnet18")
+    handle = freeze_backbone(model)
+    model.train()
+    handle.unfreeze("layer4.1")
+    assert model.layer4[1].bn1.training
+    assert model.layer4[1].training
+    assert model.layer4.training  # holds something that trains
+    assert not model.layer4[0].training
+    assert [n for n in handle.trainable if n.startswith("layer4")] == [
+        f"layer4.1.{n}" for n, _ in model.layer4[1].named_parameters()
+    ]
+    handle.undo()
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(m.training for m in model.modules())
+
+
+def test_unfreeze_of_what_is_not_frozen() -> None:
+    model = mlp()
+    freeze(model, "a")
+    with pytest.raises(SelectionError, match="no frozen layer or parameter matches"):
+        unfreeze(model, "fc")
+    unfreeze(model)
+    unfreeze(model)  # nothing left to do
+
+
+def test_context_manager() -> None:
+    model = mlp()
+    with freeze_backbone(model) as handle:
+        assert handle.trainable == ["fc.weight", "fc.bias"]
+    assert handle.frozen == []
+    assert model.bn.training
+
+
+def test_handle_as_a_table() -> None:
+    handle = freeze_backbone(mlp())
+    assert str(handle) == (
+        "layer  type               frozen  trainable  held norms\n"
+        "a      FrozenLinear           40          0           0\n"
+        "bn     FrozenBatchNorm1d      16          0           1\n"
+        "b      FrozenLinear           72          0           0\n"
+        "fc     Linear                  0         18           0\n"
+        "total  Sequential            128         18           1\n"
+        "rule: the child named 'fc' is the head"
+    )
+    assert repr(handle) == "<Freeze of Sequential: 9 tensors frozen>"
+
+
+def test_is_frozen_knows_what_it_is_asked() -> None:
+    model = mlp()
+    freeze(model, "bn")
+    assert is_frozen(model, "bn.num_batches_tracked")
+    assert not is_frozen(model, "")
+    with pytest.raises(SelectionError, match="did you mean 'bn'"):
+        is_frozen(model, "bnn")
+
+
+class Activated(nn.BatchNorm2d):
+    """Like timm's BatchNormAct2d: there is more in it than BN."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input)) + 1
+
+
+def test_a_bn_subclass_keeps_its_own_forward() -> None:
+    model = zoo.scramble(nn.Sequential(OrderedDict(bn=Activated(3), fc=nn.Conv2d(3, 2, 1))))
+    x = torch.randn(4, 3, 5, 5)
+    expected = model.eval().bn(x)
+    freeze_backbone(model)
+    model.train()
+    assert isinstance(model.bn, Activated)
+    before = zoo.snapshot(model.bn)
+    torch.optim.swa_utils.update_bn([x, x], model)
+    model.train()
+    assert torch.equal(model.bn(x), expected)
+    assert zoo.snapshot(model.bn) == before
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.train().bn(x), expected)
+        assert isinstance(copied.bn, Activated)
+
+
+STATEFUL = {
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 2)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3, 6)),
+    "own BatchNorm2d": (lambda: freezekit.nn.BatchNorm2d(3), (4, 3, 4, 4)),
+    "no affine": (lambda: nn.BatchNorm2d(3, affine=False), (4, 3, 4, 4)),
+    "momentum None": (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 4, 4)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (4, 3, 4, 4)),
+    "Dropout": (lambda: nn.Dropout(0.5), (4, 3)),
+    "AlphaDropout": (lambda: nn.AlphaDropout(0.5), (4, 3)),
+    "RReLU": (lambda: nn.RReLU(), (4, 3)),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), (4, 3)),
+    "LSTM dropout": (lambda: nn.LSTM(3, 3, num_layers=2, dropout=0.5), (4, 2, 3)),
+    "attention": (lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5, batch_first=True), (4, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_every_stateful_layer_is_held(kind: str) -> None:
+    make, shape = STATEFUL[kind]
+    model = zoo.scramble(nn.ModuleDict({"layer": make(), "fc": nn.Linear(1, 1)}))
+    layer = model["layer"]
+    x = torch.randn(shape)
+
+    def run() -> Tensor:
+        out = layer(x)
+        return out[0] if isinstance(out, tuple) else out
+
+    model.eval()
+    with torch.no_grad():
+        expected = run()
+    model.train()
+    handle = freeze(model, "layer")
+    bits = zoo.snapshot(model)
+    for _ in range(3):
+        model.train()
+        with torch.no_grad():
+            assert torch.equal(run(), expected)
+    assert zoo.snapshot(model) == bits
+    handle.undo()
+    assert layer.training
+    with torch.no_grad():
+        assert not torch.equal(run(), expected)  # the test can fail: live, the layer does move
+
+
+def test_parametrized_layers_still_copy() -> None:
+    model = nn.ModuleDict(
+        {"layer": nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), "fc": nn.Linear(1, 1)}
+    )
+    freeze(model, "layer")
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3)
+    assert torch.equal(twin["layer"](x), model["layer"](x))
+    assert is_frozen(twin, "layer")
+
+
+def test_tied_names_are_all_listed() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    shared = nn.Linear(2, 2)
+    model["c"], model["d"] = shared, shared
+    handle = freeze(model, ["a", "c"])
+    assert handle.frozen == ["a.weight", "a.bias", "c.weight", "c.bias", "d.weight", "d.bias"]
+    assert "b.weight" not in handle.trainable
+    handle.undo()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_own_and_torch_layers_freeze_to_the_same_interface() -> None:
+    for maker in (nn.BatchNorm2d, freezekit.nn.BatchNorm2d, nn.SyncBatchNorm):
+        model = nn.Sequential(maker(3), nn.Conv2d(3, 3, 1))
+        freeze(model, "0")
+        assert model[0].frozen
+        assert not isinstance(model[0], nn.modules.batchnorm._BatchNorm)
+        assert "3, eps=1e-05, momentum=0.1" in repr(model[0])
+        unfreeze(model)
+        assert type(model[0]) is maker

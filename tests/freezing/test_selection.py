@@ -1,0 +1,188 @@
+"""Backbone and head are found, or the error says what to do."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import zoo
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torchvision.models import get_model, list_models
+
+import freezekit
+from freezekit import FreezekitError, SelectionError, find_backbone, freeze_backbone
+
+
+class _NoMemory(TorchFunctionMode):
+    """Layers make their parameters with torch.empty: on the meta device the largest model costs nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build(name: str, classes: int) -> nn.Module:
+    with _NoMemory():
+        return get_model(name, weights=None, num_classes=classes)
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+@pytest.mark.parametrize("name", list_models(module=torchvision.models))
+def test_every_torchvision_classification_model(name: str) -> None:
+    """The truth nobody labelled by hand: what changes shape with the number of classes is the head."""
+    model, other = build(name, 10), build(name, 11)
+    shapes = {n: p.shape for n, p in other.named_parameters()}
+    truth = {n for n, p in model.named_parameters() if p.shape != shapes[n]}
+    assert truth
+    selection = find_backbone(model)
+    handle = freeze_backbone(model)
+    assert truth <= set(handle.trainable)
+    # nothing but whole heads is left to train, and together with the backbone they are the model
+    heads = tuple(f"{head}." for head in selection.head)
+    assert all(n.startswith(heads) for n in handle.trainable)
+    assert {n for n, _ in model.named_parameters()} == set(handle.trainable) | (
+        set(handle.frozen) & {n for n, _ in model.named_parameters()}
+    )
+    handle.undo()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_root_parameters_belong_to_the_backbone() -> None:
+    model = zoo.make("vit")
+    selection = find_backbone(model)
+    assert selection.head == ("heads",)
+    assert selection.backbone == ("class_token", "conv_proj", "encoder")
+    assert str(selection) == (
+        "backbone: class_token, conv_proj, encoder\nhead:     heads\nrule:     the child named 'heads' is the head"
+    )
+    assert freezekit.is_frozen(model, "class_token") is False
+    freeze_backbone(model)
+    assert freezekit.is_frozen(model, "class_token")
+
+
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_auxiliary_heads_train_too() -> None:
+    model = build("inception_v3", 10)
+    assert find_backbone(model).head == ("fc", "AuxLogits")
+
+
+class TestGiven:
+    def test_head_by_name_inside_a_child(self) -> None:
+        model = torchvision.models.vgg11_bn(num_classes=3, init_weights=False)
+        handle = freeze_backbone(model, head="classifier.6")
+        assert handle.trainable == ["classifier.6.weight", "classifier.6.bias"]
+        assert "classifier.5" in handle.selection.backbone
+        model.train()
+        assert not model.classifier[5].training  # a dropout between frozen layers
+        assert model.training  # what holds the head follows train()
+        assert model.classifier.training
+
+    @pytest.mark.parametrize("form", ["name", "module", "list", "glob"])
+    def test_head_in_every_form(self, form: str) -> None:
+        model = zoo.make("resnet18")
+        head = {"name": "fc", "module": model.fc, "list": ["fc"], "glob": "f?"}[form]
+        assert freeze_backbone(model, head=head).trainable == ["fc.weight", "fc.bias"]
+
+    def test_backbone_by_glob_and_by_modules(self) -> None:
+        model = zoo.make("resnet18")
+        by_glob = freeze_backbone(model, backbone="layer[12]").frozen
+        freezekit.unfreeze(model)
+        by_module = freeze_backbone(model, backbone=[model.layer1, model.layer2]).frozen
+        assert by_glob == by_module
+        assert {name.partition(".")[0] for name in by_glob} == {"layer1", "layer2"}
+
+    def test_the_rest_is_head_when_the_backbone_is_given(self) -> None:
+        handle = freeze_backbone(zoo.make("mobilenet_v2"), backbone="features")
+        assert handle.selection.head == ("classifier",)
+
+    def test_both(self) -> None:
+        model = zoo.make("resnet18")
+        handle = freeze_backbone(model, backbone=["conv1", "bn1"], head="fc")
+        assert {name.partition(".")[0] for name in handle.frozen} == {"conv1", "bn1"}
+
+    def test_both_and_overlapping(self) -> None:
+        with pytest.raises(SelectionError, match=r"in the backbone and in the head .got layer4"):
+            freeze_backbone(zoo.make("resnet18"), backbone=["layer*"], head=["layer4", "fc"])
+
+    def test_a_module_of_another_model(self) -> None:
+        with pytest.raises(
+            SelectionError, match=r"head=: the module given is not part of the model .got Linear"
+        ):
+            freeze_backbone(zoo.make("resnet18"), head=nn.Linear(2, 2))
+
+    def test_the_model_itself(self) -> None:
+        model = zoo.make("resnet18")
+        with pytest.raises(SelectionError, match="is the whole model"):
+            freeze_backbone(model, head=model)
+
+    def test_a_misspelt_name_gets_the_closest(self) -> None:
+        with pytest.raises(SelectionError, match="did you mean 'layer4'"):
+            freeze_backbone(zoo.make("resnet18"), backbone="layr4")
+
+
+class TestRefusals:
+    def test_no_conventional_name_lists_the_children(self) -> None:
+        model = nn.Sequential(OrderedDict(stem=nn.Linear(4, 8), body=nn.Linear(8, 8), out=nn.Linear(8, 2)))
+        with pytest.raises(SelectionError) as caught:
+            freeze_backbone(model)
+        message = str(caught.value)
+        assert (
+            "stem (Linear, 40 parameters); body (Linear, 72 parameters); out (Linear, 18 parameters)"
+            in message
+        )
+        assert message.endswith("freezekit.freeze_backbone(model, head='out')")
+        assert all(p.requires_grad for p in model.parameters())  # nothing was half done
+
+    def test_two_conventional_names(self) -> None:
+        model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), fc=nn.Linear(4, 2), head=nn.Linear(4, 2)))
+        with pytest.raises(SelectionError, match=r"2 children are named like a head .fc, head"):
+            freeze_backbone(model)
+
+    def test_a_head_without_parameters(self) -> None:
+        model = zoo.make("resnet18")
+        model.fc = nn.Identity()
+        with pytest.raises(SelectionError, match=r"'fc' has no parameters.*model.fc = ..."):
+            freeze_backbone(model)
+
+    def test_a_detector_points_to_its_backbone(self) -> None:
+        model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_fpn(
+            weights=None, weights_backbone=None
+        )
+        with pytest.raises(SelectionError, match="backbone='backbone'"):
+            freeze_backbone(model)
+        handle = freeze_backbone(model, backbone="backbone")
+        assert handle.selection.head == ("transform", "rpn", "roi_heads")
+
+    def test_tied_parameters_across_the_cut(self) -> None:
+        model = nn.Sequential(OrderedDict(embed=nn.Linear(4, 4), head=nn.Linear(4, 4)))
+        model.head.weight = model.embed.weight
+        with pytest.raises(SelectionError, match="embed.weight is head.weight"):
+            freeze_backbone(model)
+        assert model.embed.bias.requires_grad
+
+    def test_bn_without_running_statistics(self) -> None:
+        model = nn.Sequential(
+            OrderedDict(bn=nn.BatchNorm1d(4, track_running_stats=False), fc=nn.Linear(4, 2))
+        )
+        with pytest.raises(FreezekitError, match="bn: a BN layer without running statistics"):
+            freeze_backbone(model)
+        assert type(model.bn) is nn.BatchNorm1d
+
+    def test_lazy_layers(self) -> None:
+        model = nn.Sequential(OrderedDict(body=nn.LazyLinear(4), fc=nn.Linear(4, 2)))
+        with pytest.raises(FreezekitError, match=r"body: a lazily .* run one batch"):
+            freeze_backbone(model)
+        model(torch.ones(1, 3))
+        freeze_backbone(model)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:Warning")
+    def test_scripted_layers(self) -> None:
+        model = nn.Sequential(OrderedDict(body=torch.jit.script(nn.Linear(4, 4)), fc=nn.Linear(4, 2)))
+        with pytest.raises(FreezekitError, match="body: a scripted module"):
+            freeze_backbone(model)

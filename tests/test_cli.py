@@ -1,0 +1,183 @@
+"""The command line as a user meets it: a process, its two streams and its exit code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import zoo
+
+import freezekit
+
+
+def run(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "freezekit", *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, "COLUMNS": "100", **env}, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> tuple[Path, Path]:
+    """A fine-tuned file whose 'frozen' BN layers drifted, and the file it started from."""
+    model = zoo.make("resnet18")
+    torch.save(model.state_dict(), tmp_path / "base.pth")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("fc"))
+    zoo.train(model, torch.optim.SGD(freezekit.trainable_parameters(model), lr=0.1), zoo.images("resnet18"))
+    torch.save(model.state_dict(), tmp_path / "drifted.pth")
+    return tmp_path / "drifted.pth", tmp_path / "base.pth"
+
+
+def test_drift_exits_1_and_lists_the_layers(checkpoints: tuple[Path, Path]) -> None:
+    done = run("audit", checkpoints[0], "--against", checkpoints[1])
+    assert done.returncode == 1
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0] == "DRIFT: 60 of 100 frozen tensors changed, 20 of 20 layers with running statistics"
+    assert sum("BatchNorm" in line for line in lines) == 20
+    assert "layer4.1.bn2" in done.stdout
+    assert "fix: requires_grad=False does not stop running statistics" in done.stdout
+
+
+def test_clean_exits_0(checkpoints: tuple[Path, Path]) -> None:
+    done = run("audit", checkpoints[1], "--against", checkpoints[1])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("CLEAN: none of 100 frozen tensors changed")
+
+
+def test_alone_lists_layers_and_counters(checkpoints: tuple[Path, Path]) -> None:
+    done = run("audit", checkpoints[1])
+    assert done.returncode == 0
+    assert done.stdout.startswith("OK: 20 layers with running statistics")
+    counter = int(torch.load(checkpoints[1])["bn1.num_batches_tracked"])
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("bn1 ")]
+    assert line.split() == ["bn1", "BatchNorm", "64", str(counter)]
+
+
+def test_json(checkpoints: tuple[Path, Path]) -> None:
+    done = run("audit", checkpoints[0], "--against", checkpoints[1], "--format", "json")
+    assert done.returncode == 1
+    content = json.loads(done.stdout)
+    assert len(content["findings"]) == 20
+    assert content["layers"][0]["name"] == "bn1"
+
+
+def test_frozen_is_repeatable(checkpoints: tuple[Path, Path]) -> None:
+    common = ("audit", checkpoints[0], "--against", checkpoints[1], "--format", "json")
+    content = json.loads(run(*common, "--frozen", "bn1", "--frozen", "layer1.0.*").stdout)
+    assert {f["name"] for f in content["findings"]} == {"bn1", "layer1.0.bn1", "layer1.0.bn2"}
+    assert run(*common, "--frozen", "conv1").returncode == 0
+
+
+def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "Traceback" not in line
+    return line
+
+
+def test_wrong_usage_exits_2(checkpoints: tuple[Path, Path]) -> None:
+    assert run("audit").returncode == 2
+    assert "Missing argument 'CKPT'" in run("audit").stderr
+    line = one_line(run("audit", checkpoints[0], "--frozen", "bn1"), 2)
+    assert line.startswith("freezekit: frozen: there is nothing to compare")
+    line = one_line(run("audit", checkpoints[0], "--against", checkpoints[1], "--frozen", "layr1"), 2)
+    assert line.startswith(
+        "freezekit: frozen: no layer or tensor matches (got 'layr1'). Remedy: did you mean 'layer1'"
+    )
+
+
+def hostile() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "build_hostile", Path(__file__).parent / "hostile" / "build_hostile.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("builder", "says"),
+    [
+        ("zip_runs_load_from_bytes", "nothing was executed"),
+        ("legacy_runs_in_facts", "nothing was executed"),
+        ("text_pickle_runs", "nothing was executed"),
+        ("zip_truncated", "truncated|damaged"),
+        ("empty", "empty"),
+        ("lfs_pointer", "git-LFS pointer"),
+        ("directory", "not a regular file"),
+        ("fifo", "not a regular file"),
+    ],
+)
+def test_files_that_cannot_be_read_exit_3(tmp_path: Path, builder: str, says: str) -> None:
+    build = hostile()
+    path = tmp_path / "file.pth"
+    build.BUILDERS[builder](path)
+    start = time.monotonic()
+    line = one_line(run("audit", path), 3)
+    assert time.monotonic() - start < 10
+    assert re.search(says, line), line
+    assert str(path) in line
+    assert "Remedy: " in line
+    assert not build.canary(path).exists()
+
+
+def test_a_missing_file_exits_3(tmp_path: Path) -> None:
+    line = one_line(run("audit", tmp_path / "none.pth"), 3)
+    assert line == f"freezekit: {tmp_path / 'none.pth'}: no such file. Remedy: check the path"
+
+
+def test_key_names_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    evil = "a\x1b[31m\u202eb\n[bold]c"
+    stats = {"running_mean": torch.zeros(2), "running_var": torch.full((2,), 2.0)}
+    torch.save({f"{evil}.{name}": value for name, value in stats.items()}, tmp_path / "a.pth")
+    out = run("audit", tmp_path / "a.pth", COLUMNS="200").stdout
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert "[bold]c" in out  # shown, not interpreted
+    json.loads(run("audit", tmp_path / "a.pth", "--format", "json").stdout)
+
+
+def test_a_closed_pipe_is_no_error(checkpoints: tuple[Path, Path]) -> None:
+    command = f"{sys.executable} -m freezekit audit {checkpoints[0]} --format json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def test_no_torch_is_imported(checkpoints: tuple[Path, Path]) -> None:
+    for arguments in (["--help"], ["audit", "--help"], ["audit", *checkpoints, "--format", "json"]):
+        if len(arguments) > 2:
+            arguments.insert(2, "--against")
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "freezekit", *map(str, arguments)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "freezekit.cli" in modules
+        assert not {m for m in modules if m.partition(".")[0] in ("torch", "torchvision")}
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == f"freezekit, version {freezekit.__version__}\n"
+    for arguments in (["--help"], ["audit", "--help"], ["demo", "--help"]):
+        done = run(*arguments)
+        assert done.returncode == 0
+        assert done.stdout.startswith("Usage: ")
+        assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "0 clean, 1 drift or bad statistics, 2 wrong usage, 3 unreadable" in " ".join(
+        run("--help").stdout.split()
+    )
