@@ -54,7 +54,7 @@ def batches(images: Tensor, labels: Tensor, size: int, epochs: int) -> Iterator[
 def finetune(
     model: nn.Module, images: Tensor, labels: Tensor, epochs: int, steps: int | None, what: str
 ) -> DriftReport:
-    """An ordinary training loop; nothing in it knows of the auditor, which follows the optimizer."""
+    """Train as always; nothing in the loop knows of the auditor, which follows the optimizer."""
     optimizer = torch.optim.AdamW(trainable_parameters(model), lr=3e-3)
     todo = list(batches(images, labels, 32, epochs))[:steps]
     with DriftAuditor(model, optimizer, on_drift="record") as auditor:

@@ -107,7 +107,7 @@ def test_the_real_file_alone() -> None:
 def test_the_recipe(tmp_path: Path) -> None:
     assert WEIGHTS is not None
     done = subprocess.run(
-        [sys.executable, str(RECIPE), "--weights", str(WEIGHTS), "--steps", "2", "--out", str(tmp_path / "out")],
+        [sys.executable, RECIPE, "--weights", WEIGHTS, "--steps", "2", "--out", tmp_path / "out"],
         capture_output=True, text=True, env={**os.environ, "COLUMNS": "160"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -114,11 +114,16 @@ def _remove(model: nn.ModuleDict) -> None:
     del model["own"].hidden
 
 
+def _drop_variance(model: nn.ModuleDict) -> None:
+    model["bn"].running_var = None
+
+
 FAULTS: dict[str, tuple[Callable[[nn.ModuleDict], object], str, str, str]] = {
     "statistics": (lambda m: m["bn"].running_var.mul_(1.0001), "FK101", "bn", "spread by x1"),
-    "counter alone": (lambda m: m["bn"].num_batches_tracked.add_(1), "FK102", "bn", "num_batches_tracked went from"),
+    "counter alone": (lambda m: m["bn"].num_batches_tracked.add_(1), "FK102", "bn", "tracked went from"),
     "one bit of a parameter": (
-        lambda m: m["lin"].weight.data.view(torch.int32)[0, 0].bitwise_xor_(1), "FK103", "lin.weight", "1 of 9 values",
+        lambda m: m["lin"].weight.data.view(torch.int32)[0, 0].bitwise_xor_(1),
+        "FK103", "lin.weight", "1 of 9",
     ),
     "sign of a zero": (lambda m: m["lin"].bias.data.neg_(), "FK103", "lin.bias", "only signs of zero"),
     "replaced parameter": (_replace, "FK103", "lin.weight", "9 of 9 values by up to"),
@@ -127,7 +132,7 @@ FAULTS: dict[str, tuple[Callable[[nn.ModuleDict], object], str, str, str]] = {
     "reshaped": (_reshape, "FK105", "bn.running_mean", r"reshaped from \[3\] to \[4\]"),
     "recast": (lambda m: m["lin"].half(), "FK105", "lin.weight", "recast from float32 to float16"),
     "missing": (_remove, "FK105", "own.hidden", "is missing"),
-    "missing statistics": (lambda m: setattr(m["bn"], "running_var", None), "FK105", "bn.running_var", "is missing"),
+    "missing variance": (_drop_variance, "FK105", "bn.running_var", "missing"),
     "added": (lambda m: m["own"].register_buffer("new", torch.ones(3)), "FK105", "own.new", "was added"),
     "NaN": (lambda m: m["bn"].running_mean.fill_(float("nan")), "FK101", "bn", "moved"),
 }  # fmt: skip

@@ -276,7 +276,8 @@ def description(model: nn.Module) -> list[object]:
     """Everything undo() must bring back, down to the identity of the objects."""
     return [
         (
-            path, id(module), type(module), {k: v for k, v in module.__dict__.items() if not k.startswith("_")},
+            path, id(module), type(module),
+            {k: v for k, v in module.__dict__.items() if not k.startswith("_")},
             [(k, id(h)) for k, h in module._forward_hooks.items()],
             [(k, id(p), p is not None and p.requires_grad) for k, p in module._parameters.items()],
             [(k, id(b)) for k, b in module._buffers.items()],

@@ -59,7 +59,9 @@ def test_root_parameters_belong_to_the_backbone() -> None:
     assert selection.head == ("heads",)
     assert selection.backbone == ("class_token", "conv_proj", "encoder")
     assert str(selection) == (
-        "backbone: class_token, conv_proj, encoder\nhead:     heads\nrule:     the child named 'heads' is the head"
+        "backbone: class_token, conv_proj, encoder\n"
+        "head:     heads\n"
+        "rule:     the child named 'heads' is the head"
     )
     assert freezekit.is_frozen(model, "class_token") is False
     freeze_backbone(model)
