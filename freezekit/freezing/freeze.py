@@ -246,6 +246,13 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def _freeze(
     model: nn.Module, patterns: str | Iterable[str], where: str, selection: Selection | None
 ) -> Freeze:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise FreezekitError(
+            "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
+            where="model",
+            got="a model wrapped already",
+            remedy="freeze the model first, then wrap it",
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = list(tensors_of(model))
     names = [*(name for name in modules if name), *(name for name, *_ in tensors)]
@@ -257,12 +264,16 @@ def _freeze(
         _refuse_shared(frozen, tensors)
     else:
         _refuse_lone_buffers(frozen, held)
-    holder = secrets.token_hex(8)
-    for _, owner, own, _ in frozen:
-        holding.freeze_tensor(owner, own, holder)
-    for module in held.values():
-        holding.hold_module(module, holder)
-    return Freeze(model, holder, selection)
+    handle = Freeze(model, secrets.token_hex(8), selection)
+    try:
+        for _, owner, own, _ in frozen:
+            holding.freeze_tensor(owner, own, handle._holder)
+        for module in held.values():
+            holding.hold_module(module, handle._holder)
+    except BaseException:
+        handle.undo()  # all or nothing
+        raise
+    return handle
 
 
 def _whole_modules(model: nn.Module, chosen: set[str]) -> dict[int, nn.Module]:

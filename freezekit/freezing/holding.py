@@ -11,7 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.fx import GraphModule
 
+from freezekit.errors import FreezekitError
 from freezekit.nn.frozen import frozen_class
 from freezekit.nn.held import Held
 
@@ -23,7 +25,7 @@ _KEY = "_freezekit_record"
 @dataclass
 class _Record:
     origin: type[nn.Module] | None = None
-    """The module's class before the swap; ``None`` while the module is not held."""
+    """The module's class before the swap; ``None`` if not held, or made as a frozen layer."""
     holders: set[str] = field(default_factory=set)
     tensor_holders: dict[str, set[str]] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
@@ -36,13 +38,13 @@ def _record(module: nn.Module) -> _Record:
 
 
 def _forget_if_empty(module: nn.Module, record: _Record) -> None:
-    if record.origin is None and not record.tensor_holders:
+    if not record.holders and not record.tensor_holders:
         del module.__dict__[_KEY]
 
 
 def is_held(module: nn.Module) -> bool:
-    """Tell whether a freeze holds the module in eval mode."""
-    return isinstance(module, Held)
+    """Tell whether the module is held in eval mode."""
+    return isinstance(module, Held) or bool(holders_of(module))
 
 
 def holders_of(module: nn.Module, tensor: str | None = None) -> set[str]:
@@ -55,11 +57,20 @@ def holders_of(module: nn.Module, tensor: str | None = None) -> set[str]:
 
 def hold_module(module: nn.Module, holder: str) -> None:
     """Keep the module in eval mode until ``holder`` releases it."""
-    record = _record(module)
-    record.holders.add(holder)
-    if record.origin is None:
-        record.origin = type(module)
-        module.__class__ = frozen_class(type(module))
+    # A traced graph has its modes written into it, and fx makes a class for each instance by itself.
+    if not isinstance(module, (Held, GraphModule)):
+        origin = type(module)
+        try:
+            module.__class__ = frozen_class(origin)
+        except TypeError as error:
+            raise FreezekitError(
+                "the class of this module cannot be swapped in place",
+                where=origin.__qualname__,
+                got=str(error),
+                remedy="leave the module out, or take __slots__ and the like out of its class",
+            ) from error
+        _record(module).origin = origin
+    _record(module).holders.add(holder)
 
 
 def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: bool) -> None:
@@ -71,16 +82,15 @@ def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: boo
         adopt_mode: take on the mode last asked for while frozen, instead of that at the freeze.
     """
     record: _Record | None = module.__dict__.get(_KEY)
-    if record is None or record.origin is None:
+    if record is None:
         return
     record.holders.difference_update(holders)
-    if record.holders:
-        return
-    module.__class__ = record.origin
-    record.origin = None
-    asked = module.__dict__.pop("_asked_training", None)
-    if adopt_mode and asked is not None:
-        module.training = asked
+    if record.origin is not None and not record.holders:
+        module.__class__ = record.origin
+        record.origin = None
+        asked = module.__dict__.pop("_asked_training", None)
+        if adopt_mode and asked is not None:
+            module.training = asked
     _forget_if_empty(module, record)
 
 

@@ -18,6 +18,7 @@ Names: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 
 _HEADS = ("fc", "classifier", "head", "heads")
 _AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
+_WRAPPERS = ("_orig_mod", "module")  # torch.compile, DataParallel
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ def find_backbone(model: nn.Module) -> Selection:
     rule:     the child named 'classifier' is the head
     """
     children = dict(model.named_children())
+    if len(children) == 1 and next(iter(children)) in _WRAPPERS:
+        ((wrapper, inner),) = children.items()
+        found = find_backbone(inner)
+        backbone, inner_head = (
+            tuple(f"{wrapper}.{n}" for n in names) for names in (found.backbone, found.head)
+        )
+        return Selection(backbone, inner_head, found.rule)
     heads = [name for name in _HEADS if name in children]
     if len(heads) != 1:
         found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"
@@ -171,7 +179,9 @@ def _candidates(model: nn.Module) -> str:
 
 def _call_to_make(model: nn.Module, heads: Sequence[str]) -> str:
     with_parameters = [n for n, child in model.named_children() if any(True for _ in child.parameters())]
-    likely = list(heads) or with_parameters[-1:]
+    nested = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in _HEADS]
+    shallowest = min((n.count(".") for n in nested), default=0)
+    likely = list(heads) or [n for n in nested if n.count(".") == shallowest][:3] or with_parameters[-1:]
     if not likely:
         return 'freezekit.freeze(model, "*") freezes all of a model'
     calls = " or ".join(f"freezekit.freeze_backbone(model, head={name!r})" for name in likely)

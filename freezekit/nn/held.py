@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 __all__ = ["Held", "held_class"]
 
@@ -52,6 +52,24 @@ class _HeldSubclass(Held):
         return reduced
 
 
+class _BatchNormTwin(_NormBase):
+    """Stands in for torch's ``_BatchNorm`` among the ancestors of a held BN subclass."""
+
+    forward = _BatchNorm.forward
+
+
+class _NotBatchNorm(type):
+    """Metaclass of a held BN subclass: an instance of it is not an instance of torch's ``_BatchNorm``.
+
+    Whatever moves running statistics in the ecosystem finds BN by that class (``update_bn`` resets them,
+    ``convert_sync_batchnorm`` puts a live layer in its place), so the method resolution order has a twin
+    instead. ``super().forward()`` in the subclass still arrives at the same function.
+    """
+
+    def mro(cls) -> list[type]:
+        return [_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in super().mro()]
+
+
 _held_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
@@ -73,11 +91,9 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
         def body(namespace: dict[str, Any]) -> None:
             # `__module__` stays the base's: tracers tell torch's own leaf modules by it.
             namespace.update(_freezekit_base=base, __module__=base.__module__, __doc__=base.__doc__)
-            if issubclass(base, _NormBase):
-                # update_bn() finds a BN subclass by its base class and would wipe the statistics
-                namespace["reset_running_stats"] = lambda self: None
 
-        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", (_HeldSubclass, base), exec_body=body)
+        options = {"metaclass": _NotBatchNorm} if issubclass(base, _BatchNorm) else {}
+        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", (_HeldSubclass, base), options, body)
     return _held_classes[base]
 
 

@@ -12,6 +12,7 @@ import zoo
 from torch import Tensor, nn
 
 import freezekit
+import freezekit.freezing.holding
 from freezekit import SelectionError, freeze, freeze_backbone, is_frozen, trainable_parameters, unfreeze
 
 
@@ -174,12 +175,19 @@ def test_a_bn_subclass_keeps_its_own_forward() -> None:
     assert isinstance(model.bn, Activated)
     before = zoo.snapshot(model.bn)
     torch.optim.swa_utils.update_bn([x, x], model)
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(model).bn is model.bn
+    assert not isinstance(model.bn, nn.modules.batchnorm._BatchNorm)
     model.train()
     assert torch.equal(model.bn(x), expected)
     assert zoo.snapshot(model.bn) == before
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied.train().bn(x), expected)
         assert isinstance(copied.bn, Activated)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model.fc(expected))
+    freezekit.unfreeze(model)
+    assert type(model.bn) is Activated
+    assert isinstance(model.bn, nn.modules.batchnorm._BatchNorm)
 
 
 STATEFUL = {
@@ -258,3 +266,46 @@ def test_own_and_torch_layers_freeze_to_the_same_interface() -> None:
         assert "3, eps=1e-05, momentum=0.1" in repr(model[0])
         unfreeze(model)
         assert type(model[0]) is maker
+
+
+def test_a_layer_made_frozen_stays_so() -> None:
+    model = nn.ModuleDict({"bn": freezekit.nn.FrozenBatchNorm2d(3), "fc": nn.Linear(2, 2)})
+    handle = freeze_backbone(model)
+    assert handle.frozen[0] == "bn.weight"
+    handle.undo()
+    assert type(model["bn"]) is freezekit.nn.FrozenBatchNorm2d
+    assert model["bn"].weight.requires_grad
+    assert not any(key.startswith("_freezekit") for key in model["bn"].__dict__)
+
+
+def test_a_traced_graph_is_frozen_by_its_layers() -> None:
+    graph = torch.fx.symbolic_trace(zoo.make("resnet18").eval())
+    model = nn.ModuleDict({"net": graph, "fc": nn.Linear(2, 2)})
+    x = zoo.images("resnet18")
+    expected = graph(x)
+    handle = freeze_backbone(model)
+    assert is_frozen(model, "net")
+    before = zoo.snapshot(model)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.train()["net"](x), expected)
+        assert zoo.snapshot(copied) == before
+    handle.undo()
+    assert not is_frozen(model, "net")
+
+
+def test_a_freeze_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = zoo.make("resnet18")
+    state = [(type(m), m.training, sorted(m.__dict__)) for m in model.modules()]
+    hold, calls = freezekit.freezing.holding.hold_module, []
+
+    def failing(module: nn.Module, holder: str) -> None:
+        calls.append(module)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        hold(module, holder)
+
+    monkeypatch.setattr(freezekit.freezing.holding, "hold_module", failing)
+    with pytest.raises(KeyboardInterrupt):
+        freeze_backbone(model)
+    assert [(type(m), m.training, sorted(m.__dict__)) for m in model.modules()] == state
+    assert all(p.requires_grad for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +189,30 @@ class TestRefusals:
         model = nn.Sequential(OrderedDict(body=torch.jit.script(nn.Linear(4, 4)), fc=nn.Linear(4, 2)))
         with pytest.raises(FreezekitError, match="body: a scripted module"):
             freeze_backbone(model)
+
+
+def test_wrapped_models_are_looked_into() -> None:
+    model = zoo.make("resnet18")
+    for wrapper, name in ((torch.compile(model), "_orig_mod"), (nn.DataParallel(model), "module")):
+        handle = freeze_backbone(wrapper)
+        assert handle.selection.head == (f"{name}.fc",)
+        assert handle.trainable == [f"{name}.fc.weight", f"{name}.fc.bias"]
+        assert not freezekit.is_frozen(model, "fc")
+        assert freezekit.is_frozen(model, "layer1")
+        handle.undo()
+
+
+def test_a_head_further_down_is_suggested() -> None:
+    model = nn.ModuleDict({"net": zoo.make("resnet18"), "loss": nn.Linear(2, 2)})
+    with pytest.raises(SelectionError, match="freeze_backbone.model, head='net.fc'."):
+        freeze_backbone(model)
+
+
+def test_ddp_comes_after_freezing(tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(FreezekitError, match="freeze the model first, then wrap it"):
+            freeze_backbone(nn.parallel.DistributedDataParallel(zoo.make("resnet18")))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -152,6 +152,9 @@ def test_constructed_directly() -> None:
         freezekit.nn.FrozenBatchNorm2d(3, track_running_stats=False)(x)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning", "ignore:Skipping serialization:UserWarning"
+)  # torch 2.6's own
 def test_inductor() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3))
     zoo.scramble(model)
