@@ -74,11 +74,11 @@ def find_backbone(model: nn.Module) -> Selection:
     children = dict(model.named_children())
     if len(children) == 1 and next(iter(children)) in _WRAPPERS:
         ((wrapper, inner),) = children.items()
-        found = find_backbone(inner)
+        inside = find_backbone(inner)
         backbone, inner_head = (
-            tuple(f"{wrapper}.{n}" for n in names) for names in (found.backbone, found.head)
+            tuple(f"{wrapper}.{n}" for n in names) for names in (inside.backbone, inside.head)
         )
-        return Selection(backbone, inner_head, found.rule)
+        return Selection(backbone, inner_head, inside.rule)
     heads = [name for name in _HEADS if name in children]
     if len(heads) != 1:
         found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"

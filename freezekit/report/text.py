@@ -55,6 +55,9 @@ def _verdict(report: DriftReport) -> Text:
         return Text(
             f"{'OK' if report.clean else 'BAD'}: {what}", style="green" if report.clean else "bold red"
         )
+    if report.clean and not report.compared:
+        text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
+        return Text(text, style="yellow")
     if report.clean:
         return Text(f"CLEAN: none of {report.compared} frozen tensors changed ({norms})", style="green")
     text = f"DRIFT: {len(report.changed)} of {report.compared} frozen tensors changed, {moved} of {norms}"

@@ -74,6 +74,9 @@ def test_full_fine_tuning_is_not_drift(tmp_path: Path, state: State) -> None:
     report = audit_checkpoint(*paths)
     assert report.clean
     assert report.scope.startswith("inferred: 0 of 20 BN layers")
+    assert str(report).startswith(
+        "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
+    )
     # unless one says what should have been frozen
     report = audit_checkpoint(*paths, frozen=["layer1"])
     assert {f.code for f in report.findings} == {"FK101", "FK103"}
@@ -101,6 +104,29 @@ def test_wrappings_and_prefixes(
     assert len(audit_checkpoint(wrapped, base).findings) == (NORMS if how == "naive" else 0)
     # and the other way about: a wrapped base
     assert len(audit_checkpoint(base, wrapped).findings) == (NORMS if how == "naive" else 0)
+
+
+@pytest.mark.parametrize("how", ["naive", "ours"])
+@pytest.mark.parametrize("old", ["base", "checkpoint"])
+def test_files_without_counters(tmp_path: Path, state: State, how: str, old: str) -> None:
+    """torchvision's first ResNet weights have none; loading them starts the counters at 0."""
+    new = trained(how)
+    strip = state if old == "base" else new
+    for name in [n for n in strip if n.endswith("num_batches_tracked")]:
+        del strip[name]
+    paths = save(new, tmp_path / "new.pth"), save(state, tmp_path / "base.pth")
+    for frozen in (None, ["bn1", "layer*"]):
+        report = audit_checkpoint(*paths, frozen=frozen)
+        assert {f.code for f in report.findings} == ({"FK101"} if how == "naive" else set())
+    assert any("20 num_batches_tracked are in one of the files only" in note for note in report.notes)
+
+
+def test_a_half_precision_copy_is_recast(tmp_path: Path, state: State) -> None:
+    half = {n: t.half() if t.is_floating_point() else t for n, t in trained("ours").items()}
+    report = audit_checkpoint(save(half, tmp_path / "half.pth"), save(state, tmp_path / "base.pth"))
+    assert {f.code for f in report.findings} == {"FK105"}
+    assert report.findings[0].message == "was recast from float32 to float16"
+    assert {f.name.rpartition(".")[0] for f in report.findings} == {layer.name for layer in report.layers}
 
 
 def test_across_formats(tmp_path: Path, state: State) -> None:
