@@ -83,7 +83,7 @@ def audit(
 
         from freezekit.report.text import layout
 
-        Console(highlight=False).print(layout(report))
+        Console(highlight=False).print(layout(report), crop=False)
     ctx.exit(0 if report.clean else 1)
 
 

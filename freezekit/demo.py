@@ -200,20 +200,27 @@ def _folder(keep: str) -> Path:
 
 
 def _table(arms: list[Arm]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="heads fine-tuned on shifted digits over a frozen backbone")
-    table.add_column("frozen by", no_wrap=True)
-    for column in ("accuracy\nnew task", "accuracy\nold task", "frozen\nchanged", "largest\nmean shift"):
+    title = "heads fine-tuned on shifted digits over a frozen backbone"
+    table = Table(box=box.SIMPLE_HEAD, title=title, collapse_padding=True, pad_edge=False)
+    table.add_column("backbone\nfrozen by", no_wrap=True)
+    for column in (
+        "accuracy\nnew task",
+        "accuracy\nold task",
+        "tensors\nchanged",
+        "shift\n(sigma)",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("culprit")
     for arm in arms:
         shift = max((layer.mean_shift_sigma or 0.0 for layer in arm.live.layers), default=0.0)
+        first = arm.live.findings[0] if arm.live.findings else None
         table.add_row(
             arm.name,
             f"{arm.new_task:.3f}",
             f"{arm.old_task:.3f}",
             f"{len(arm.live.changed)} of {arm.live.compared}",
-            f"{shift:.2f} sigma",
-            str(arm.live.findings[0]).partition(":")[0] if arm.live.findings else "none",
+            f"{shift:.2f}",
+            f"{first.name}, step {first.step}" if first else "none",
         )
     return table
 

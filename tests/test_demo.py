@@ -40,7 +40,8 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = out.getvalue()
     assert "requires_grad=False" in text
     assert "9 of 18" in text
-    assert "FK101 features.1 at step 1" in text
+    assert "features.1, step 1" in text
+    assert "first FK101 features.1 at step 1" in text
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "base.pth",
         "frozen.pth",

@@ -20,7 +20,7 @@ __all__ = ["layout", "render"]
 def render(report: DriftReport, width: int = 100) -> str:
     """Return the report as plain text of at most ``width`` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
-    console.print(layout(report))
+    console.print(layout(report), crop=False)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -30,10 +30,10 @@ def layout(report: DriftReport) -> Group:
     against = f" against {printable(report.against, 200)}" if report.against else ""
     parts: list[RenderableType] = [
         _verdict(report),
-        Text(f"{printable(report.source, 200)}{against}", style="dim", no_wrap=True, overflow="ignore"),
+        _line(f"{printable(report.source, 200)}{against}", "dim"),
     ]
     if report.against:
-        parts.append(Text(f"frozen: {report.scope} ({report.compared} tensors)", style="dim"))
+        parts.append(_line(f"frozen: {report.scope} ({report.compared} tensors)", "dim"))
     shown = [layer for layer in report.layers if layer.changed or not report.against]
     if shown:
         parts += [Text(), _table(shown, compared=report.against is not None)]
@@ -47,44 +47,48 @@ def layout(report: DriftReport) -> Group:
     return Group(*parts)
 
 
+def _line(text: str, style: str) -> Text:
+    """One line whatever the width, so that it can be searched for in a log; a terminal wraps it by itself."""
+    return Text(text, style=style, no_wrap=True, overflow="ignore")
+
+
 def _verdict(report: DriftReport) -> Text:
     moved = sum(layer.changed for layer in report.layers)
     norms = f"{len(report.layers)} layer{'' if len(report.layers) == 1 else 's'} with running statistics"
     if report.against is None:
         what = norms if report.clean else f"{len(report.findings)} findings in {norms}"
-        return Text(
-            f"{'OK' if report.clean else 'BAD'}: {what}", style="green" if report.clean else "bold red"
-        )
-    if report.clean and not report.compared:
+        return _line(f"{'OK' if report.clean else 'BAD'}: {what}", "green" if report.clean else "bold red")
+    if not report.clean:
+        changed = f"{len(report.changed)} of {report.compared} frozen tensors changed"
+        return _line(f"DRIFT: {changed}, {moved} of {norms}", "bold red")
+    if not report.compared:
         text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
-        return Text(text, style="yellow")
-    if report.clean:
-        return Text(f"CLEAN: none of {report.compared} frozen tensors changed ({norms})", style="green")
-    text = f"DRIFT: {len(report.changed)} of {report.compared} frozen tensors changed, {moved} of {norms}"
-    return Text(text, style="bold red")
+        return _line(text, "yellow")
+    return _line(f"CLEAN: none of {report.compared} frozen tensors changed ({norms})", "green")
 
 
 def _table(layers: list[LayerDrift], *, compared: bool) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    with_kind = any(layer.kind != "BatchNorm" for layer in layers)  # a file does not say
+    with_step = any(layer.step is not None for layer in layers)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
     table.add_column("layer", overflow="fold")
-    table.add_column("kind")
-    table.add_column("channels", justify="right")
-    table.add_column("batches tracked", justify="right")
-    stepped = any(layer.step is not None for layer in layers)
-    if compared:
-        table.add_column("mean shift", justify="right")
-        table.add_column("spread", justify="right")
-    if stepped:
-        table.add_column("first at step", justify="right")
+    if with_kind:
+        table.add_column("kind")
+    headers = ["channels", "batches tracked"]
+    headers += ["mean shift\n(sigma)", "spread"] if compared else []
+    headers += ["first at\nstep"] if with_step else []
+    for header in headers:
+        table.add_column(header, justify="right")
     for layer in layers:
         counter = "-" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
         if layer.batches:
             counter += f" ({layer.batches:+d})"
-        row = [printable(layer.name) or "(model)", layer.kind, str(layer.channels), counter]
+        row = [printable(layer.name) or "(model)", *([layer.kind] if with_kind else [])]
+        row += [str(layer.channels), counter]
         if compared:
-            row.append("-" if layer.mean_shift_sigma is None else f"{layer.mean_shift_sigma:.3g} sigma")
+            row.append("-" if layer.mean_shift_sigma is None else f"{layer.mean_shift_sigma:.3g}")
             row.append("-" if layer.var_ratio is None else f"x{layer.var_ratio:.3g}")
-        if stepped:
+        if with_step:
             row.append("-" if layer.step is None else str(layer.step))
         table.add_row(*map(Text, row))
     return table
