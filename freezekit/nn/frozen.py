@@ -55,6 +55,47 @@ class _Inference(torch.autograd.Function):
         return grad * scale.reshape(shape).to(grad.dtype), None, None, None, None, None
 
 
+@torch.fx.wrap  # a traced graph has one node for the layer, as it has for torch's
+def _infer(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    ranks: tuple[int, ...],
+) -> Tensor:
+    _check_rank(input, ranks)
+    trains = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
+    if torch.is_grad_enabled() and input.requires_grad and not trains:
+        output: Tensor = _Inference.apply(input, mean, var, weight, bias, eps)
+        return output
+    return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+
+
+@torch.fx.wrap
+def _infer_own(
+    input: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    ranks: tuple[int, ...],
+) -> Tensor:
+    _check_rank(input, ranks)
+    return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
+
+
+def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
+    if not ranks:  # SyncBatchNorm
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+    elif input.dim() not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+
+
 class _FrozenBatchNorm(Held, _NormBase):
     """The frozen state of a BN layer: always eval, statistics and affine parameters constant.
 
@@ -64,31 +105,22 @@ class _FrozenBatchNorm(Held, _NormBase):
     """
 
     frozen = True
+    _own = False
+    """Whether the live layer was freezekit's own, whose eval arithmetic has other bits than torch's op."""
     _ranks: tuple[int, ...] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the running statistics; nothing is updated."""
-        self._check_input_dim(input)
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise ValueError(
                 f"{type(self).__name__} needs running statistics: without them the output depends on the "
                 "rest of the batch. Remedy: construct it with track_running_stats=True"
             )
-        return self._infer(input, mean, var)
-
-    def _infer(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        trains = weight is not None and (weight.requires_grad or bias.requires_grad)
-        if torch.is_grad_enabled() and input.requires_grad and not trains:
-            output: Tensor = _Inference.apply(input, mean, var, weight, bias, self.eps)
-            return output
-        return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=self.eps)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() not in self._ranks:
-            expected = " or ".join(f"{rank}D" for rank in self._ranks)
-            raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+        # Called by name and not through the class, where tracing could not replace it.
+        if self._own:
+            return _infer_own(input, mean, var, self.weight, self.bias, self.eps, self._ranks)
+        return _infer(input, mean, var, self.weight, self.bias, self.eps, self._ranks)
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):
@@ -175,28 +207,17 @@ class FrozenSyncBatchNorm(_FrozenBatchNorm):
     Source: https://pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html
     """
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+class _FrozenOwnBatchNorm1d(FrozenBatchNorm1d):
+    _own = True
 
 
-class _OwnInference(_FrozenBatchNorm):
-    """Mixin: the eval arithmetic of freezekit's own layers, whose bits differ from torch's op."""
-
-    def _infer(self, input: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        return own_functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
+class _FrozenOwnBatchNorm2d(FrozenBatchNorm2d):
+    _own = True
 
 
-class _FrozenOwnBatchNorm1d(_OwnInference, FrozenBatchNorm1d):
-    pass
-
-
-class _FrozenOwnBatchNorm2d(_OwnInference, FrozenBatchNorm2d):
-    pass
-
-
-class _FrozenOwnBatchNorm3d(_OwnInference, FrozenBatchNorm3d):
-    pass
+class _FrozenOwnBatchNorm3d(FrozenBatchNorm3d):
+    _own = True
 
 
 _FROZEN: dict[type[nn.Module], type[nn.Module]] = {

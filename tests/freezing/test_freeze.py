@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +294,18 @@ def test_a_traced_graph_is_frozen_by_its_layers() -> None:
         assert zoo.snapshot(copied) == before
     handle.undo()
     assert not is_frozen(model, "net")
+
+
+def test_a_frozen_model_loads_in_a_process_that_knows_nothing_of_it(tmp_path: Path) -> None:
+    model = zoo.make("resnet18")
+    freeze_backbone(model)
+    torch.save(model, tmp_path / "model.pt")
+    script = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False).train(); "
+        "print(model.layer1[0].bn1.training, model.layer1[0].conv1.training, model.fc.training)"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "model.pt"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False False True\n"
 
 
 def test_a_freeze_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -137,6 +138,24 @@ def test_trainable_affine_still_gets_its_gradient() -> None:
     frozen(x.requires_grad_()).square().sum().backward()
     live(x).square().sum().backward()
     torch.testing.assert_close(frozen.weight.grad, live.weight.grad)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "own BatchNorm2d"])
+def test_symbolic_tracing(kind: str) -> None:
+    """Feature extractors are made so; torch's own layer is one node of the graph, and so is ours."""
+    live, frozen, x = pair(kind)
+    graph = torch.fx.symbolic_trace(nn.Sequential(frozen))
+    assert torch.equal(graph(x), live(x))
+    assert sum(node.op == "call_function" for node in graph.graph.nodes) == 1
+
+
+@pytest.mark.skipif(
+    "bias" not in inspect.signature(nn.BatchNorm2d).parameters, reason="this torch's BN has no bias argument"
+)
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "own BatchNorm2d"])
+def test_without_bias(kind: str) -> None:
+    live, frozen, x = pair(kind, bias=False)
+    assert torch.equal(frozen(x.requires_grad_()), live(x))
 
 
 def test_constructed_directly() -> None:
