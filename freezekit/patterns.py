@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from fnmatch import translate
 
@@ -18,7 +19,7 @@ def select(
     """Return the names that a pattern matches, with everything below them, in the order of ``names``.
 
     ``*`` matches any run of characters, dots included, ``?`` one character and ``[ab]`` one of a set.
-    A pattern without any of these is a name.
+    A pattern that is a name stands for that name, whatever characters are in it.
 
     Args:
         patterns: one pattern or several.
@@ -38,6 +39,8 @@ def select(
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise SelectionError(f"no {kind} is given", where=where, remedy=f"give at least one {kind} or glob")
+    ordered = sorted(names)
+    exact = set(names)
     chosen: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
@@ -47,9 +50,13 @@ def select(
                 got=repr(pattern)[:80],
                 remedy="give names or globs",
             )
-        # translate() ends in an anchor; everything below a matched name belongs to it
-        matches = re.compile(f"(?:{translate(pattern)[:-2]})(?:\\..*)?", re.DOTALL).fullmatch
-        found = [name for name in names if matches(name)]
+        # "/" comes next after "."; names are many (a handle's whole list), so none is looked at in vain
+        found = ordered[bisect_left(ordered, f"{pattern}.") : bisect_left(ordered, f"{pattern}/")]
+        found += [pattern] * (pattern in exact)
+        if not found:
+            # translate() ends in an anchor; everything below a matched name belongs to it
+            matches = re.compile(f"(?:{translate(pattern)[:-2]})(?:\\..*)?", re.DOTALL).fullmatch
+            found = [name for name in names if matches(name)]
         if not found:
             raise SelectionError(
                 f"no {kind} matches", where=where, got=repr(pattern), remedy=_suggest(pattern, names)
@@ -59,9 +66,10 @@ def select(
 
 
 def _suggest(pattern: str, names: Sequence[str]) -> str:
-    # prefixes too: someone who mistypes "layer4" should not be offered a tensor deep inside it
-    every = list(dict.fromkeys(n.rsplit(".", k)[0] for n in names for k in range(n.count(".") + 1)))
-    close = difflib.get_close_matches(pattern, every[:5000], n=3, cutoff=0.5)
+    # what is above them too: someone who mistypes "layer4" should not be offered a tensor deep inside it
+    some = [name for name in names[:5000] if len(name) <= 200]
+    every = list(dict.fromkeys(n.rsplit(".", k)[0] for n in some for k in range(n.count(".") + 1)))
+    close = difflib.get_close_matches(pattern, every, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(repr(name) for name in close) + "?"
     top = list(dict.fromkeys(name.partition(".")[0] for name in names))

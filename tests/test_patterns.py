@@ -47,6 +47,12 @@ def test_what_matches_nothing_is_an_error(pattern: list[str], message: str) -> N
         select(pattern, NAMES, where="x")
 
 
+def test_a_name_with_glob_characters_stands_for_itself() -> None:
+    names = ["a[0].weight", "a0.weight", "*.bias", "b.bias"]
+    assert select("a[0]", names, where="x") == ["a[0].weight"]
+    assert select("*.bias", names, where="x") == ["*.bias"]
+
+
 parts = st.lists(st.text("ab1*?", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
 names = st.lists(
     st.lists(st.text("ab1", min_size=1, max_size=3), min_size=1, max_size=4).map(".".join),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable
 
@@ -94,29 +95,30 @@ def audit_checkpoint(
 def _inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
     """Take the layers for frozen whose trainable parameters stayed bit-identical, with their statistics."""
     own: dict[str, list[str]] = {}
-    parameters: dict[str, list[str]] = {}
-    for name, tensor in base.items():
-        prefix = name.rpartition(".")[0]
-        own.setdefault(prefix, []).append(name)
-        while tensor.role == "parameter":
-            parameters.setdefault(prefix, []).append(name)
-            if not prefix:
-                break
-            prefix = prefix.rpartition(".")[0]
+    for name in base:
+        own.setdefault(name.rpartition(".")[0], []).append(name)
+    every = sorted(name for name, tensor in base.items() if tensor.role == "parameter")
     layers = base.norm_layers()
     frozen: set[str] = set()
     kept = 0
     for layer in layers:
-        scope = layer
-        while scope and scope not in parameters:  # a BN without parameters goes with what is beside it
+        scope, parameters = layer, _below(layer, every)
+        while scope and not parameters:  # a BN without parameters goes with what is beside it
             scope = scope.rpartition(".")[0]
-        same = all(_same(name, base, table, recast=True) for name in parameters.get(scope, ()))
+            parameters = _below(scope, every)
+        same = all(_same(name, base, table, recast=True) for name in parameters)
         # A layer that is gone cannot be told to have trained, and must not pass for clean.
         missing = not any(name in table for name in own[layer])
         kept += same and not missing
         if same or missing:
             frozen.update(own[layer])
     return frozen, f"inferred: {kept} of {len(layers)} BN layers kept their parameters bit for bit"
+
+
+def _below(scope: str, ordered: list[str]) -> list[str]:
+    if not scope:
+        return ordered
+    return ordered[bisect_left(ordered, f"{scope}.") : bisect_left(ordered, f"{scope}/")]
 
 
 def _same(name: str, base: StateTable, table: StateTable, *, recast: bool = False) -> bool:

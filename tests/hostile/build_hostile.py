@@ -667,7 +667,7 @@ def escapes_in_key(path: Path) -> None:
     write_zip(path, b"}" + text("bad\x1b[31m\n\u202ekey\ud800") + tensor((4,)) + b"s")
 
 
-@hostile("tensor x{80}… must")
+@hostile("a key is too long.*100000 characters")
 def long_key(path: Path) -> None:
     write_zip(path, b"}" + text("x" * 100_000) + tensor((4,)) + b"s")
 

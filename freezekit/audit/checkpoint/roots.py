@@ -15,6 +15,8 @@ from freezekit.errors import CheckpointError
 __all__ = ["MAX_KEYS", "State", "find_state", "model_names", "too_many_keys"]
 
 MAX_KEYS = 1_000_000
+#: characters; what looks at all that is above a name costs the square of its length
+_MAX_KEY_LENGTH = 1_000
 
 #: where training code puts a model's state, in order of preference
 _WELL_KNOWN = (
@@ -80,12 +82,18 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """Return the names without the prefixes that wrappers put on them, and notes that say so.
 
     Raises:
-        CheckpointError: two names become the same.
+        CheckpointError: two names become the same, or one is absurdly long.
 
     >>> model_names(["module._orig_mod.fc.weight", "module._orig_mod.fc.bias"])[0]
     ['fc.weight', 'fc.bias']
     """
     original = list(names)
+    longest = max(original, key=len, default="")
+    if len(longest) > _MAX_KEY_LENGTH:
+        raise CheckpointError(
+            "a key is too long to be a layer's name",
+            got=f"{len(longest)} characters, more than {_MAX_KEY_LENGTH}: {printable(longest)}",
+        )
     notes = []
     cleaned = [
         ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
