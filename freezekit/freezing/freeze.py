@@ -161,6 +161,9 @@ def freeze(model: nn.Module, patterns: str | Iterable[str]) -> Freeze:
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> freeze(model, "[01]").frozen[:3]
     ['0.weight', '0.bias', '1.weight']
+
+    Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
+    evaluation mode, which it calls orthogonal to it.
     """
     return _freeze(model, patterns, "patterns", None)
 
@@ -182,6 +185,8 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
     >>> unfreeze(model, "1")
     >>> is_frozen(model, "0"), is_frozen(model, "1")
     (True, False)
+
+    Source: PyTorch documentation, torch.nn.Module.train and torch.nn.Module.requires_grad_.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     held = [name for name, module in modules.items() if name and holding.is_held(module)]

@@ -70,6 +70,8 @@ def find_backbone(model: nn.Module) -> Selection:
     backbone: features
     head:     classifier
     rule:     the child named 'classifier' is the head
+
+    Source: the names in ``torchvision.models``; its tutorial on fine-tuning replaces these children.
     """
     children = dict(model.named_children())
     if len(children) == 1 and next(iter(children)) in _WRAPPERS:
