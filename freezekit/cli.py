@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import Any
 
@@ -17,14 +19,29 @@ class _Group(click.Group):
     """Turns freezekit's own errors into one line on stderr and their exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # a name may not fit the terminal's encoding
+                stream.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
         except FreezekitError as error:
             click.echo(f"freezekit: {error}", err=True)
             ctx.exit(error.exit_code)
-        except BrokenPipeError:  # the reader of the report has seen enough
-            sys.stderr.close()
-            ctx.exit(0)
+
+
+def _emit(report: str) -> None:
+    """Write the report to stdout; its reader may stop early, which changes nothing about the verdict."""
+    try:
+        click.echo(report)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # or Python would complain when it closes the stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FreezekitError(
+            "cannot write the report", where="stdout", got=error.strerror, remedy="write it elsewhere"
+        ) from error
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -77,13 +94,11 @@ def audit(
 
     report = audit_checkpoint(checkpoint, against=against, frozen=frozen or None)
     if form == "json":
-        click.echo(report.to_json())
+        _emit(report.to_json())
     else:
-        from rich.console import Console
+        from freezekit.report.text import render
 
-        from freezekit.report.text import layout
-
-        Console(highlight=False).print(layout(report), crop=False)
+        _emit(render(report, terminal=True))
     ctx.exit(0 if report.clean else 1)
 
 

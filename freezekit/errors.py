@@ -57,6 +57,10 @@ class DriftError(FreezekitError):
         super().__init__(what, remedy=remedy)
         self.report = report
 
+    def __reduce__(self) -> tuple[type[DriftError], tuple[str, DriftReport], dict[str, str | None]]:
+        # an exception is pickled with its message alone, which a worker process could not make it from
+        return type(self), (self.what, self.report), {"remedy": self.remedy, "args": self.args}  # type: ignore[dict-item]
+
 
 class DriftWarning(UserWarning):
     """Something frozen has moved, and the auditor was asked to warn (``on_drift="warn"``)."""

@@ -154,11 +154,50 @@ def test_key_names_cannot_reach_the_terminal(tmp_path: Path) -> None:
     json.loads(run("audit", tmp_path / "a.pth", "--format", "json").stdout)
 
 
-def test_a_closed_pipe_is_no_error(checkpoints: tuple[Path, Path]) -> None:
-    command = f"{sys.executable} -m freezekit audit {checkpoints[0]} --format json | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert done.stdout == "{\n"
-    assert done.stderr == ""
+@pytest.mark.parametrize("form", ["table", "json"])
+@pytest.mark.parametrize("reader", ["head -1", "true"])
+def test_a_reader_that_stops_early_does_not_change_the_verdict(
+    checkpoints: tuple[Path, Path], form: str, reader: str
+) -> None:
+    drifted, base = checkpoints
+    for path, code in ((base, 0), (drifted, 1)):
+        command = f"{sys.executable} -m freezekit audit {path} --against {base} --format {form} | {reader}"
+        script = f"{command}; exit ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_full_disk_is_no_traceback(checkpoints: tuple[Path, Path]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "freezekit", "audit", checkpoints[1]]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("freezekit: stdout: cannot write the report (got No space left on device)")
+
+
+def test_odd_terminals(tmp_path: Path) -> None:
+    stats = {"running_mean": torch.zeros(2), "running_var": torch.full((2,), 2.0)}
+    torch.save({f"größe.{name}": value for name, value in stats.items()}, tmp_path / "a.pth")
+    for env in ({"COLUMNS": "0"}, {"PYTHONIOENCODING": "ascii"}, {"COLUMNS": "10"}, {"NO_COLOR": "1"}):
+        done = run("audit", tmp_path / "a.pth", **env)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("OK: 1 layer with running statistics\n")
+
+
+def test_statistics_of_odd_shapes(tmp_path: Path) -> None:
+    odd = {"bn.running_mean": torch.zeros(3), "bn.running_var": torch.full((2,), 2.0)}
+    even = {
+        "bn.running_mean": torch.zeros(3),
+        "bn.running_var": torch.full((3,), 2.0),
+        "bn.weight": torch.ones(3),
+    }
+    torch.save(odd, tmp_path / "odd.pth")
+    torch.save(even, tmp_path / "even.pth")
+    assert run("audit", tmp_path / "odd.pth").returncode == 0
+    assert run("audit", tmp_path / "odd.pth", "--against", tmp_path / "odd.pth").returncode == 0
+    torch.save({**odd, "bn.weight": torch.zeros(3)}, tmp_path / "trained.pth")
+    done = run("audit", tmp_path / "trained.pth", "--against", tmp_path / "even.pth")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_no_torch_is_imported(checkpoints: tuple[Path, Path]) -> None:

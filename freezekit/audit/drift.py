@@ -45,7 +45,9 @@ def same_bits(before: TensorState, after: TensorState) -> bool:
         return False
     if before.dtype != after.dtype:
         is_counter = before.role == after.role == "num_batches_tracked"
-        return is_counter and bool(np.array_equal(before.values(), after.values()))
+        return is_counter and counter_value(before) == counter_value(after)
+    if before.unsupported != after.unsupported:
+        return False
     return before.read() == after.read()
 
 
@@ -91,7 +93,14 @@ def compare(
             if problem is not None:
                 findings.append(problem)
                 changed.append(name)
-    return layers, findings, changed
+    return layers, [*findings, *_gone_bad(before, after)], changed
+
+
+def _gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
+    """Return NaN, infinity and negative variances that were not there before."""
+    known = {(finding.code, finding.name) for finding in health(before)}
+    found = [finding for finding in health(after) if finding.code in ("FK401", "FK402")]
+    return [finding for finding in found if (finding.code, finding.name) not in known]
 
 
 def _compare_layer(
@@ -110,11 +119,10 @@ def _compare_layer(
     if not all(name in before and name in after for name in names[:2]):
         return [], [], []  # not frozen, and in one of the two only
     moved = [name for name in watched if not same_bits(before[name], after[name])]
-    shift, ratio = (
-        _shift_and_ratio(before, after, layer, eps)
-        if before[names[0]].shape == after[names[0]].shape
-        else (None, None)
-    )
+    stats = [table[name] for name in names[:2] for table in (before, after)]
+    shift, ratio = None, None
+    if len({t.shape for t in stats}) == 1 and not any(t.unsupported for t in stats):
+        shift, ratio = _shift_and_ratio(before, after, layer, eps)
     counts = [counter_value(table.get(names[2])) for table in (before, after)]
     batches = None if counts[0] is None or counts[1] is None else counts[1] - counts[0]
     described = describe_layer(layer, after, kind)
@@ -130,11 +138,14 @@ def _compare_layer(
     )
     if not moved:
         return [drift], [], []
-    over = "" if batches is None else f" over {batches} batch{'' if batches == 1 else 'es'}"
+    over = "" if batches is None or batches < 0 else f" over {batches} batch{'' if batches == 1 else 'es'}"
     if moved == [names[2]]:
         message = f"num_batches_tracked went from {counts[0]} to {counts[1]}; mean and variance did not move"
         return [drift], [_finding("FK102", layer, message)], moved
-    message = f"running mean moved by up to {shift:.3g} sigma, spread by x{ratio:.3g}{over}"
+    if shift is None or ratio is None:
+        message = f"running statistics changed{over}"
+    else:
+        message = f"running mean moved by up to {shift:.3g} sigma, spread by x{ratio:.3g}{over}"
     return [drift], [_finding("FK101", layer, message)], moved
 
 
@@ -142,18 +153,15 @@ def _compare_tensor(name: str, before: TensorState | None, after: TensorState | 
     problem = _compare_structure(name, before, after)
     if problem is not None or before is None or after is None or same_bits(before, after):
         return problem
-    old, new = before.values(), after.values()
-    with np.errstate(invalid="ignore", over="ignore"):
-        differs = ~((old == new) | (np.isnan(old) & np.isnan(new)))
-        size = np.nan_to_num(np.abs(new - old)[differs], nan=np.inf).max(initial=0.0)
-    count = (
-        f"{int(differs.sum()):,} of {old.size:,} values"
-        if differs.any()
-        else "only signs of zero or NaN bits"
-    )
-    by = f" by up to {size:.3g}" if 0 < size < np.inf else ""
     code, what = ("FK103", "parameter") if before.role == "parameter" else ("FK104", "buffer")
-    return _finding(code, name, f"{what} changed: {count}{by}")
+    if before.unsupported or after.unsupported:
+        return _finding(code, name, f"{what} changed ({after.unsupported or before.unsupported})")
+    bits = [np.frombuffer(t.read(), np.uint8).reshape(t.numel, -1) for t in (before, after)]
+    differs = (bits[0] != bits[1]).any(axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        size = np.abs(after.values() - before.values()).ravel()[differs].max()
+    by = f" by up to {size:.3g}" if 0 < size < np.inf else ""
+    return _finding(code, name, f"{what} changed: {int(differs.sum()):,} of {before.numel:,} values{by}")
 
 
 def _compare_structure(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
@@ -172,7 +180,9 @@ def _compare_structure(name: str, before: TensorState | None, after: TensorState
     return _finding("FK105", name, message)
 
 
-def _shift_and_ratio(before: StateTable, after: StateTable, layer: str, eps: float) -> tuple[float, float]:
+def _shift_and_ratio(
+    before: StateTable, after: StateTable, layer: str, eps: float
+) -> tuple[float | None, float | None]:
     """Return drift in units a person can judge, the worst channel of each; always finite.
 
     A channel that is not finite before or after is left out: FK401 tells of it.
@@ -184,7 +194,7 @@ def _shift_and_ratio(before: StateTable, after: StateTable, layer: str, eps: flo
     )
     usable = np.isfinite(mean_0) & np.isfinite(mean_1) & np.isfinite(var_0) & np.isfinite(var_1)
     if not usable.any():
-        return 0.0, 1.0
+        return None, None
     sigma_0, sigma_1 = (np.sqrt(np.maximum(var[usable], 0.0) + max(eps, 1e-12)) for var in (var_0, var_1))
     with np.errstate(over="ignore"):
         shift = np.abs(mean_1[usable] - mean_0[usable]) / sigma_0

@@ -11,7 +11,7 @@ import numpy as np
 
 from freezekit.audit import drift
 from freezekit.audit.checkpoint import read_checkpoint
-from freezekit.audit.findings import DriftReport, Finding
+from freezekit.audit.findings import DriftReport
 from freezekit.audit.state import StateTable, TensorState
 from freezekit.errors import FreezekitError
 from freezekit.patterns import select
@@ -63,15 +63,17 @@ def audit_checkpoint(
     if against is None:
         layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
         notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
-        findings = tuple(drift.health(table))
-        return DriftReport(table.source, None, "statistics only", 0, (), layers, findings, notes)
+        found = tuple(drift.health(table))
+        return DriftReport(table.source, None, "statistics only", 0, (), layers, found, notes)
     base = read_checkpoint(against)
-    table, base, notes = _align(table, base)
+    table, base, prefix, notes = _align(table, base)
     if frozen is None:
         names, scope = _inferred(base, table)
     else:
         every = list(dict.fromkeys([*base, *table]))
-        names = set(select(frozen, every, where="frozen", kind="layer or tensor"))
+        # as the file has the names, or as they are without the prefix
+        patterns = [p.removeprefix(prefix) for p in ([frozen] if isinstance(frozen, str) else frozen)]
+        names = set(select(patterns, every, where="frozen", kind="layer or tensor"))
         scope = "as given"
     # Files from before torch 0.4.1 have no counters, and some tools strip them: that moves nothing.
     counters = {n for t in (base, table) for n in t if t[n].role == "num_batches_tracked"}
@@ -79,7 +81,7 @@ def audit_checkpoint(
     names -= absent
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
-    compared, findings_found, changed = drift.compare(base, table, names)
+    compared, findings, changed = drift.compare(base, table, names)
     return DriftReport(
         table.source,
         base.source,
@@ -87,7 +89,7 @@ def audit_checkpoint(
         len(names),
         tuple(changed),
         tuple(compared),
-        (*findings_found, *_newly_bad(base, table)),
+        tuple(findings),
         (*notes, *_trained(base, table, names | absent)),
     )
 
@@ -142,14 +144,7 @@ def _trained(base: StateTable, table: StateTable, frozen: Collection[str]) -> li
     return [f"{len(differing)} of {len(other)} other tensors differ, as trained ones do: {shown}"]
 
 
-def _newly_bad(base: StateTable, table: StateTable) -> list[Finding]:
-    """Return NaN and negative variances that the base did not have already."""
-    before = {(finding.code, finding.name) for finding in drift.health(base)}
-    found = [finding for finding in drift.health(table) if finding.code in ("FK401", "FK402")]
-    return [finding for finding in found if (finding.code, finding.name) not in before]
-
-
-def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, tuple[str, ...]]:
+def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, str, tuple[str, ...]]:
     """Strip from either file the prefix by which its names differ from the other's (``model.``, ...)."""
     notes = tuple(f"{t.source}: {note}" for t in (table, base) for note in t.notes)
     prefix = _extra_prefix(table, base)
@@ -166,7 +161,7 @@ def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable,
             got=f"{next(iter(table))!r} and {next(iter(base))!r}",
             remedy="give the checkpoint training started from",
         )
-    return table, base, notes
+    return table, base, prefix, notes
 
 
 def _extra_prefix(table: StateTable, other: StateTable) -> str:

@@ -71,9 +71,20 @@ class DriftAuditor:
                 got=repr(on_drift),
                 remedy="'raise', 'warn' or 'record'",
             )
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise FreezekitError(
-                "must be at least 1", where="every=", got=repr(every), remedy="give 1 or more"
+                "not a number of steps", where="every=", got=repr(every), remedy="give a whole number from 1"
+            )
+        if not isinstance(model, nn.Module):
+            raise FreezekitError(
+                "not a model", where="model", got=type(model).__name__, remedy="give a torch.nn.Module"
+            )
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise FreezekitError(
+                "not an optimizer of torch's kind",
+                where="optimizer=",
+                got=type(optimizer).__name__,
+                remedy="leave it out and call .check() after each step",
             )
         self.model = model
         self.optimizer = optimizer
@@ -82,8 +93,11 @@ class DriftAuditor:
         self.step = 0
         """Optimizer steps seen while attached."""
         current = _tensors(model)
-        self._frozen, self._scope = _frozen_names(model, current, frozen)
-        self._layers = {name.rpartition(".")[0] for name in self._frozen}
+        self._frozen, self._scope, self._notes = _frozen_names(model, current, frozen)
+        self._known = set(current)
+        loose = {name.rpartition(".")[0] for name in self._known.difference(self._frozen)}
+        self._layers = {name.rpartition(".")[0] for name in self._frozen} - loose
+        """Layers that are frozen whole, to which nothing may be added."""
         self._before = {name: current[name][0].detach().clone() for name in self._frozen}
         self._roles = {name: current[name][1] for name in self._frozen}
         self._first: dict[tuple[str, str], int] = {}
@@ -157,7 +171,7 @@ class DriftAuditor:
     def _watched(self, current: dict[str, tuple[Tensor, Role]]) -> Iterator[str]:
         """Yield the frozen names, and those added since to a layer that was frozen whole."""
         yield from self._frozen
-        yield from (n for n in current if n not in self._roles and n.rpartition(".")[0] in self._layers)
+        yield from (n for n in current if n not in self._known and n.rpartition(".")[0] in self._layers)
 
     def _same(self, name: str, entry: tuple[Tensor, Role] | None) -> bool:
         before = self._before.get(name)
@@ -183,6 +197,7 @@ class DriftAuditor:
             tuple(changed),
             tuple(_at_step(layer, steps.get(layer.name)) for layer in layers),
             tuple(self._completed(finding) for finding in findings),
+            self._notes,
         )
 
     def _completed(self, finding: Finding) -> Finding:
@@ -217,28 +232,19 @@ def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, Role]]:
 
 def _frozen_names(
     model: nn.Module, current: dict[str, tuple[Tensor, Role]], frozen: str | Iterable[str] | None
-) -> tuple[list[str], str]:
+) -> tuple[list[str], str, tuple[str, ...]]:
+    """Return the names of the frozen tensors, how that was told, and what could not be told."""
     if frozen is not None:
-        return select(frozen, list(current), where="frozen=", kind="layer or tensor"), "as given"
-    names = []
-    quiet: dict[str, bool | None] = {}  # whether a module's own parameters are all frozen; None: it has none
-    for path, module in model.named_modules(remove_duplicate=False):
-        own = [p.requires_grad for p in module._parameters.values() if p is not None]
-        quiet[path] = not any(own) if own else None
+        return select(frozen, list(current), where="frozen=", kind="layer or tensor"), "as given", ()
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {path: _is_frozen(path, modules) for path in modules}
+    names, unclear = [], []
     for name, (tensor, role) in current.items():
-        if role == "parameter":
-            is_frozen = not tensor.requires_grad
-        else:
-            path = name.rpartition(".")[0]
-            decided = quiet[path]
-            while decided is None and path:
-                # no parameters of its own: the buffer goes with what is beside its module
-                path = path.rpartition(".")[0]
-                below = [p.requires_grad for p in model.get_submodule(path).parameters()]
-                decided = not any(below) if below else None
-            is_frozen = bool(decided)
-        if is_frozen:
+        of_frozen_layer = layers[name.rpartition(".")[0]]
+        if not tensor.requires_grad if role == "parameter" else of_frozen_layer:
             names.append(name)
+        elif role != "parameter" and of_frozen_layer is None:
+            unclear.append(name)
     if not names:
         raise FreezekitError(
             "nothing in the model is frozen: every parameter requires a gradient",
@@ -246,7 +252,25 @@ def _frozen_names(
             got=type(model).__name__,
             remedy="freezekit.freeze_backbone(model) first, or say what must not move: frozen=[...]",
         )
-    return names, "what does not require a gradient"
+    notes = []
+    if unclear and len(names) < len(current):
+        shown = ", ".join(unclear[:3]) + (", ..." if len(unclear) > 3 else "")
+        notes.append(f"not watched, as frozen and trained parts surround them: {shown}; name them in frozen=")
+    return names, "what does not require a gradient", tuple(notes)
+
+
+def _is_frozen(path: str, modules: dict[str, nn.Module]) -> bool | None:
+    """Tell whether a module's buffers count as frozen; ``None`` if that cannot be told."""
+    module = modules[path]
+    if isinstance(getattr(type(module), "training", None), property):
+        return True  # a class that keeps itself in one mode, as ours do when frozen
+    if own := [p.requires_grad for p in module._parameters.values() if p is not None]:
+        return not any(own)
+    while path:  # without parameters of its own it goes with what is beside it
+        path = path.rpartition(".")[0]
+        if beside := {p.requires_grad for p in modules[path].parameters()}:
+            return None if len(beside) > 1 else not beside.pop()
+    return False
 
 
 def _training(model: nn.Module, layer: str) -> bool:
@@ -259,18 +283,22 @@ def _training(model: nn.Module, layer: str) -> bool:
 def _same_bits(before: Tensor, now: Tensor) -> bool:
     if before.shape != now.shape or before.dtype != now.dtype or before.layout != now.layout:
         return False
-    now = now.detach()
-    if before.device != now.device:
-        now = now.to(before.device)
-    if before.layout is not torch.strided or before.is_quantized:
-        return bool(torch.equal(before, now))
-    return bool(torch.equal(_bits(before), _bits(now)))
+    if before.is_meta or now.is_meta:
+        return before.is_meta == now.is_meta
+    before, now = _plain(before), _plain(now)
+    return before.shape == now.shape and bool(torch.equal(before, now.to(before.device)))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """View as integers, so that NaN equals NaN and 0.0 differs from -0.0."""
+def _plain(tensor: Tensor) -> Tensor:
+    """Return the values as integers of the same bits, so that NaN equals NaN and 0.0 differs from -0.0."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
+        tensor = torch.view_as_real(tensor)
     return tensor.view(_BITS[tensor.element_size()])
 
 
@@ -280,9 +308,13 @@ def _table(tensors: dict[str, tuple[Tensor, Role]]) -> StateTable:
 
 def _state(name: str, tensor: Tensor, role: Role) -> TensorState:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    unsupported = None if tensor.layout is torch.strided and dtype in DTYPE_SIZES else "not a dense tensor"
+    unsupported = None if dtype in DTYPE_SIZES else f"values of {dtype} cannot be shown"
+    if tensor.is_meta:
+        unsupported = "on the meta device, without values"
     return TensorState(name, role, dtype, tuple(tensor.shape), _reader(tensor), unsupported)
 
 
 def _reader(tensor: Tensor) -> Callable[[], bytes]:
-    return lambda: _bits(tensor.detach().cpu().contiguous()).numpy().tobytes()
+    if tensor.is_meta:
+        return bytes
+    return lambda: _plain(tensor).cpu().contiguous().numpy().tobytes()

@@ -6,13 +6,19 @@ import secrets
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding
-from freezekit.freezing.selection import Names, Selection, select_backbone, tensors_of
+from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared
+from freezekit.freezing.selection import (
+    Names,
+    Selection,
+    require_module,
+    resolve,
+    select_backbone,
+    tensors_of,
+)
 from freezekit.patterns import select
 
 __all__ = ["Freeze", "freeze", "freeze_backbone", "is_frozen", "trainable_parameters", "unfreeze"]
@@ -61,8 +67,11 @@ class Freeze:
         """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.
 
         Layers another freeze still holds stay frozen until that one is undone too.
+
+        Raises:
+            FreezekitError: the class of a layer was changed meanwhile; nothing is undone then.
         """
-        _release(self.model, self.model.modules(), {self._holder}, adopt_mode=False)
+        _release(self.model, {self._holder}, adopt_mode=False)
 
     def unfreeze(self, patterns: str | Iterable[str] = "*") -> None:
         """As :func:`unfreeze`, for this model."""
@@ -138,10 +147,17 @@ def freeze_backbone(model: nn.Module, *, head: Names | None = None, backbone: Na
     Source: PyTorch documentation, torch.nn.Module.train; batch statistics: Ioffe & Szegedy 2015, section 3.1.
     """
     selection = select_backbone(model, head, backbone)
-    return _freeze(model, selection.backbone, "backbone=", selection)
+    if not selection.backbone:
+        raise SelectionError(
+            "nothing is left to freeze: the head is the whole model",
+            where="head=",
+            got=", ".join(selection.head[:4]),
+            remedy="name a smaller head",
+        )
+    return _freeze(model, selection.backbone, selection)
 
 
-def freeze(model: nn.Module, patterns: str | Iterable[str]) -> Freeze:
+def freeze(model: nn.Module, patterns: Names) -> Freeze:
     """Freeze the layers and parameters that patterns name.
 
     A layer's name stands for everything below it. A layer is held in eval mode when all of it is frozen; a
@@ -149,7 +165,8 @@ def freeze(model: nn.Module, patterns: str | Iterable[str]) -> Freeze:
 
     Args:
         model: the model.
-        patterns: names or globs of modules and parameters: ``"layer1"``, ``"layer[12].*"``, ``"*.bn?"``.
+        patterns: names or globs of modules and parameters (``"layer1"``, ``"layer[12].*"``, ``"*.bn?"``), or
+            modules of the model. A tied parameter is frozen under all its names.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -165,7 +182,7 @@ def freeze(model: nn.Module, patterns: str | Iterable[str]) -> Freeze:
     Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
     evaluation mode, which it calls orthogonal to it.
     """
-    return _freeze(model, patterns, "patterns", None)
+    return _freeze(model, resolve(model, patterns, "patterns"), None)
 
 
 def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
@@ -188,26 +205,33 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
 
     Source: PyTorch documentation, torch.nn.Module.train and torch.nn.Module.requires_grad_.
     """
+    require_module(model)
+    if patterns == "*":  # also where nothing is frozen
+        _release(model, None, adopt_mode=True)
+        return
     modules = dict(model.named_modules(remove_duplicate=False))
     held = [name for name, module in modules.items() if name and holding.is_held(module)]
     tensors = {
-        name: (owner, own) for name, owner, own, _ in tensors_of(model) if holding.holders_of(owner, own)
+        name: (owner, own, t) for name, owner, own, t in tensors_of(model) if holding.holders_of(owner, own)
     }
-    if patterns == "*":  # also where nothing is frozen
-        _release(model, modules.values(), None, adopt_mode=True)
-        return
+    if not held and not tensors:
+        raise SelectionError("nothing in the model is frozen", where="patterns", got=repr(patterns))
     chosen = select(patterns, [*held, *tensors], where="patterns", kind="frozen layer or parameter")
-    for name in chosen:
-        if name in tensors:
-            owner, own = tensors[name]
-            holding.release_tensor(owner, own, holding.holders_of(owner, own))
-        # What holds something that trains is not frozen itself: let the modules above follow train() again.
-        path = name if name in modules else name.rpartition(".")[0]
-        while True:
-            holding.release_module(modules[path], holding.holders_of(modules[path]), adopt_mode=True)
-            if not path:
-                break
-            path = path.rpartition(".")[0]
+    tied = {id(tensors[name][2]) for name in chosen if name in tensors}
+    released = [name for name, (_, _, t) in tensors.items() if id(t) in tied]
+    # What holds something that trains is not frozen itself: the modules above follow train() again.
+    paths = [name if name in modules else name.rpartition(".")[0] for name in (*chosen, *released)]
+    above = {path.rsplit(".", k)[0] for path in paths for k in range(path.count(".") + 1)} | {""}
+    for path in above:
+        holding.check_release(modules[path], path)
+    for name in released:
+        owner, own, _ = tensors[name]
+        holding.release_tensor(owner, own, holding.holders_of(owner, own))
+    for module in {id(modules[path]): modules[path] for path in above}.values():
+        if holding.is_held(module):
+            holding.release_module(module, holding.holders_of(module), adopt_mode=True)
+            for own in module._buffers:  # which nothing keeps in place any more
+                holding.release_tensor(module, own, holding.holders_of(module, own))
 
 
 def is_frozen(model: nn.Module, name: str) -> bool:
@@ -225,6 +249,7 @@ def is_frozen(model: nn.Module, name: str) -> bool:
     >>> is_frozen(model, "1.running_mean"), is_frozen(model, "0")
     (True, False)
     """
+    require_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if name in modules:
         return holding.is_held(modules[name])
@@ -248,9 +273,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _freeze(
-    model: nn.Module, patterns: str | Iterable[str], where: str, selection: Selection | None
-) -> Freeze:
+def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None) -> Freeze:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FreezekitError(
             "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
@@ -260,19 +283,21 @@ def _freeze(
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = list(tensors_of(model))
-    names = [*(name for name in modules if name), *(name for name, *_ in tensors)]
-    chosen = set(select(patterns, list(dict.fromkeys(names)), where=where, kind="layer or parameter"))
+    every = list(dict.fromkeys([*(name for name in modules if name), *(name for name, *_ in tensors)]))
+    chosen = set(select(names, every, where="names"))
     held = _whole_modules(model, chosen)
-    frozen = [(name, owner, own, t) for name, owner, own, t in tensors if name in chosen or id(owner) in held]
-    _refuse_impossible(modules, held)
+    refuse_impossible(modules, held)
+    refuse_lone_buffers(tensors, chosen, held, complement=selection is not None)
     if selection is not None:
-        _refuse_shared(frozen, tensors)
-    else:
-        _refuse_lone_buffers(frozen, held)
+        refuse_shared(modules, tensors, chosen)
+    tied = {id(t) for name, owner, _, t in tensors if name in chosen or id(owner) in held}
+    frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
     handle = Freeze(model, secrets.token_hex(8), selection)
     try:
-        for _, owner, own, _ in frozen:
-            holding.freeze_tensor(owner, own, handle._holder)
+        for owner, own in frozen:
+            holding.note_tensor(owner, own, handle._holder)
+        for owner, own in frozen:
+            holding.stop_gradient(owner, own)
         for module in held.values():
             holding.hold_module(module, handle._holder)
     except BaseException:
@@ -295,66 +320,12 @@ def _whole_modules(model: nn.Module, chosen: set[str]) -> dict[int, nn.Module]:
     return held
 
 
-def _refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module]) -> None:
+def _release(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool) -> None:
+    modules = dict(model.named_modules())
     for name, module in modules.items():
-        if id(module) not in held:
-            continue
-        kind = type(module).__name__
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
-            raise FreezekitError(
-                "a BN layer without running statistics normalises by the batch even in eval mode, so it "
-                "cannot be frozen",
-                where=name,
-                got=f"{kind}(track_running_stats=False)",
-                remedy="leave it out, or give it statistics (track_running_stats=True) and calibrate them",
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise FreezekitError(
-                "a scripted module has its mode compiled in and cannot be held in eval mode",
-                where=name,
-                got=kind,
-                remedy="freeze the model before torch.jit.script, or leave this layer out",
-            )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-            raise FreezekitError(
-                "a lazily initialised layer has no values to freeze yet",
-                where=name,
-                got=kind,
-                remedy="run one batch through the model first",
-            )
-
-
-def _refuse_shared(
-    frozen: list[tuple[str, nn.Module, str, Tensor]], tensors: list[tuple[str, nn.Module, str, Tensor]]
-) -> None:
-    frozen_names, by_id = {name for name, *_ in frozen}, {id(t): name for name, _, _, t in frozen}
-    for name, _, _, tensor in tensors:
-        if name not in frozen_names and id(tensor) in by_id:
-            raise SelectionError(
-                "backbone and head share a parameter: it cannot be frozen in one and train in the other",
-                where="model",
-                got=f"{by_id[id(tensor)]} is {name}",
-                remedy="decide with freezekit.freeze(model, [...]), which freezes the parameter everywhere",
-            )
-
-
-def _refuse_lone_buffers(
-    frozen: list[tuple[str, nn.Module, str, Tensor]], held: dict[int, nn.Module]
-) -> None:
-    for name, owner, own, _ in frozen:
-        if own in owner._buffers and id(owner) not in held:
-            raise SelectionError(
-                "a buffer moves with its layer and cannot be frozen without it",
-                where="patterns",
-                got=repr(name),
-                remedy=f"name the layer, {name.rpartition('.')[0]!r}, or both it and its parameters",
-            )
-
-
-def _release(
-    model: nn.Module, modules: Iterable[nn.Module], holders: set[str] | None, *, adopt_mode: bool
-) -> None:
-    for module in modules:
+        if holders is None or holding.holders_of(module) == holders:
+            holding.check_release(module, name)
+    for module in modules.values():
         for own in (*module._parameters, *module._buffers):
             leaving = holding.holders_of(module, own) if holders is None else holders
             holding.release_tensor(module, own, leaving)

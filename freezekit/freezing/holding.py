@@ -17,7 +17,16 @@ from freezekit.errors import FreezekitError
 from freezekit.nn.frozen import frozen_class
 from freezekit.nn.held import Held
 
-__all__ = ["freeze_tensor", "hold_module", "holders_of", "is_held", "release_module", "release_tensor"]
+__all__ = [
+    "check_release",
+    "hold_module",
+    "holders_of",
+    "is_held",
+    "note_tensor",
+    "release_module",
+    "release_tensor",
+    "stop_gradient",
+]
 
 _KEY = "_freezekit_record"
 
@@ -67,10 +76,27 @@ def hold_module(module: nn.Module, holder: str) -> None:
                 "the class of this module cannot be swapped in place",
                 where=origin.__qualname__,
                 got=str(error),
-                remedy="leave the module out, or take __slots__ and the like out of its class",
+                remedy="leave the module out of what is frozen",
             ) from error
         _record(module).origin = origin
     _record(module).holders.add(holder)
+
+
+def check_release(module: nn.Module, name: str) -> None:
+    """Refuse to release a module whose class something else has changed since it was frozen.
+
+    Raises:
+        FreezekitError: giving it back its old class would break it.
+    """
+    record: _Record | None = module.__dict__.get(_KEY)
+    if record is None or record.origin is None or type(module) is frozen_class(record.origin):
+        return
+    raise FreezekitError(
+        "the class of this layer was changed while it was frozen, so it cannot be unfrozen",
+        where=name,
+        got=f"{type(module).__name__}, frozen as {frozen_class(record.origin).__name__}",
+        remedy="take back that change first (a parametrization, say)",
+    )
 
 
 def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: bool) -> None:
@@ -94,17 +120,25 @@ def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: boo
     _forget_if_empty(module, record)
 
 
-def freeze_tensor(module: nn.Module, name: str, holder: str) -> None:
-    """Mark the module's own parameter or buffer ``name`` as frozen.
+def note_tensor(module: nn.Module, name: str, holder: str) -> None:
+    """Mark the module's own parameter or buffer ``name`` as frozen, and note whether it requires a gradient.
 
-    A parameter stops training, and a gradient left from before is dropped. A buffer is kept in place by
-    holding its module.
+    All names of a tied parameter are noted before :func:`stop_gradient` is called on any.
     """
     record = _record(module)
     record.tensor_holders.setdefault(name, set()).add(holder)
     parameter = module._parameters.get(name)
     if parameter is not None:
         record.requires_grad.setdefault(name, parameter.requires_grad)
+
+
+def stop_gradient(module: nn.Module, name: str) -> None:
+    """Stop the module's own parameter ``name`` from training, and drop a gradient left from before.
+
+    A buffer of that name is kept in place by holding its module.
+    """
+    parameter = module._parameters.get(name)
+    if parameter is not None:
         parameter.requires_grad_(False)
         # An optimizer moves whatever has a gradient, whether or not it requires one.
         parameter.grad = None

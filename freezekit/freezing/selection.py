@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
-from freezekit.errors import SelectionError
+from freezekit.errors import FreezekitError, SelectionError
 from freezekit.patterns import select
 
-__all__ = ["Names", "Selection", "find_backbone", "select_backbone", "tensors_of"]
+__all__ = [
+    "Names",
+    "Selection",
+    "find_backbone",
+    "require_module",
+    "resolve",
+    "select_backbone",
+    "tensors_of",
+]
 
 Names: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 """What ``head=`` and ``backbone=`` take: a name, a glob, a module of the model, or several of these."""
 
 _HEADS = ("fc", "classifier", "head", "heads")
-_AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
+_AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier", "head_dist")
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile, DataParallel
 
 
@@ -73,6 +81,7 @@ def find_backbone(model: nn.Module) -> Selection:
 
     Source: the names in ``torchvision.models``; its tutorial on fine-tuning replaces these children.
     """
+    require_module(model)
     children = dict(model.named_children())
     if len(children) == 1 and next(iter(children)) in _WRAPPERS:
         ((wrapper, inner),) = children.items()
@@ -100,6 +109,15 @@ def find_backbone(model: nn.Module) -> Selection:
             'freezekit.freeze(model, "*")',
         )
     auxiliary = [name for name in _AUXILIARY if children.get(name) is not None]
+    later = list(children)[list(children).index(head) + 1 :]
+    later = [n for n in later if n not in auxiliary and any(True for _ in children[n].parameters())]
+    if later:
+        raise SelectionError(
+            f"cannot tell the head of {type(model).__name__}: {head!r} is named like one but not the last",
+            where="model",
+            got=_candidates(model),
+            remedy=_call_to_make(model, [*later, head]),
+        )
     rule = f"the child named {head!r} is the head" + (
         f", with the auxiliary {', '.join(map(repr, auxiliary))}" if auxiliary else ""
     )
@@ -108,19 +126,19 @@ def find_backbone(model: nn.Module) -> Selection:
 
 def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:
     """Resolve ``head=`` and ``backbone=`` to a :class:`Selection`; with neither, find them."""
+    require_module(model)
     if head is None and backbone is None:
         return find_backbone(model)
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    names += [name for name, *_ in tensors_of(model)]
     if backbone is None:
         assert head is not None
-        heads = _resolve(model, head, names, "head=")
+        heads = resolve(model, head, "head=")
         return _everything_but(heads, model, "head= was given")
-    backbones = _resolve(model, backbone, names, "backbone=")
+    backbones = resolve(model, backbone, "backbone=")
     if head is None:
         rest = _everything_but(backbones, model, "").backbone
         return Selection(tuple(backbones), rest, "backbone= was given")
-    heads = _resolve(model, head, names, "head=")
+    heads = resolve(model, head, "head=")
+    names = _names(model)
     both = set(select(backbones, names, where="backbone=")) & set(select(heads, names, where="head="))
     if both:
         raise SelectionError(
@@ -132,8 +150,29 @@ def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None
     return Selection(tuple(backbones), tuple(heads), "backbone= and head= were given")
 
 
-def _resolve(model: nn.Module, given: Names, names: Sequence[str], where: str) -> list[str]:
-    """Turn names, globs and modules into names, the topmost only."""
+def require_module(model: object) -> None:
+    """Refuse what is no model, before it is taken apart as one."""
+    if not isinstance(model, nn.Module):
+        raise FreezekitError(
+            "not a model", where="model", got=type(model).__name__, remedy="give a torch.nn.Module"
+        )
+
+
+def _names(model: nn.Module) -> list[str]:
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    return list(dict.fromkeys([*modules, *(name for name, *_ in tensors_of(model))]))
+
+
+def resolve(model: nn.Module, given: Names, where: str) -> list[str]:
+    """Turn names, globs and modules into names, the topmost only.
+
+    Raises:
+        SelectionError: a pattern matches nothing, a module is not the model's, or something else was given.
+    """
+    require_module(model)
+    names = _names(model)
+    if not isinstance(given, Iterable) and not isinstance(given, nn.Module):
+        given = cast("list[str]", [given])  # refused below, with what it is
     items = [given] if isinstance(given, (str, nn.Module)) else list(given)
     patterns: list[str] = []
     for item in items:

@@ -8,7 +8,8 @@ matter of class and not of the instance, it survives copies, pickles and compila
 from __future__ import annotations
 
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
@@ -34,6 +35,13 @@ class Held:
     def training(self, mode: bool) -> None:
         self.__dict__["_asked_training"] = mode
 
+    def train(self, mode: bool = True) -> Any:
+        """Note the mode and pass it on; a ``train`` of the module's own class is not run: it may do more."""
+        self.training = mode
+        for child in cast("nn.Module", self).children():
+            child.train(mode)
+        return self
+
 
 class _HeldSubclass(Held):
     """A class made at run time for a module class that has no frozen counterpart of its own."""
@@ -47,9 +55,11 @@ class _HeldSubclass(Held):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be found by name, so a pickle (or a copy) makes it again from its base.
         reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),):
+        if not isinstance(reduced, tuple):
+            return reduced
+        if reduced[1][:1] == (type(self),):
             return (_new_held, (self._freezekit_base,), *reduced[2:])
-        return reduced
+        return (_hold_again, reduced[:2], *reduced[2:])  # the class has its own way
 
 
 class _BatchNormTwin(_NormBase):
@@ -58,16 +68,19 @@ class _BatchNormTwin(_NormBase):
     forward = _BatchNorm.forward
 
 
-class _NotBatchNorm(type):
-    """Metaclass of a held BN subclass: an instance of it is not an instance of torch's ``_BatchNorm``.
+class _HeldMeta(type):
+    """Orders the ancestors of a held class: what holds it first, and no ``_BatchNorm``.
 
-    Whatever moves running statistics in the ecosystem finds BN by that class (``update_bn`` resets them,
-    ``convert_sync_batchnorm`` puts a live layer in its place), so the method resolution order has a twin
-    instead. ``super().forward()`` in the subclass still arrives at the same function.
+    The base comes first among the bases, for the layout that a swap in place requires, but must come
+    second when a method is looked up. And whatever moves running statistics in the ecosystem finds BN by
+    ``_BatchNorm`` (``update_bn`` resets them, ``convert_sync_batchnorm`` puts a live layer in its place), so
+    a twin takes its place: ``super().forward()`` in a BN subclass still arrives at the same function.
     """
 
     def mro(cls) -> list[type]:
-        return [_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in super().mro()]
+        holding = [_HeldSubclass, Held]
+        rest = [ancestor for ancestor in super().mro()[1:] if ancestor not in holding]
+        return [cls, *holding, *(_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest)]
 
 
 _held_classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -92,11 +105,18 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
             # `__module__` stays the base's: tracers tell torch's own leaf modules by it.
             namespace.update(_freezekit_base=base, __module__=base.__module__, __doc__=base.__doc__)
 
-        options = {"metaclass": _NotBatchNorm} if issubclass(base, _BatchNorm) else {}
-        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", (_HeldSubclass, base), options, body)
+        meta = _HeldMeta if type(base) is type else type("_HeldMeta", (_HeldMeta, type(base)), {})
+        bases = (base, _HeldSubclass)
+        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", bases, {"metaclass": meta}, body)
     return _held_classes[base]
 
 
 def _new_held(base: type[nn.Module]) -> nn.Module:
     cls = held_class(base)
     return cls.__new__(cls)
+
+
+def _hold_again(make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
+    module = make(*args)
+    module.__class__ = held_class(type(module))
+    return module

@@ -17,11 +17,28 @@ from freezekit.audit.findings import CODES, DriftReport, Finding, LayerDrift
 __all__ = ["layout", "render"]
 
 
-def render(report: DriftReport, width: int = 100) -> str:
-    """Return the report as plain text of at most ``width`` columns."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, legacy_windows=False)
+def render(report: DriftReport, *, width: int = 100, terminal: bool = False) -> str:
+    """Return the report as text.
+
+    Args:
+        report: the report.
+        width: columns of the table.
+        terminal: use the terminal's width instead, and colours if it has them.
+    """
+    out = Console(highlight=False)  # knows the terminal; nothing is printed on it
+    if terminal and out.width >= 20:  # less is an odd COLUMNS
+        width = out.width
+    console = Console(
+        file=io.StringIO(),
+        width=width,
+        color_system=out.color_system if terminal else None,  # type: ignore[arg-type]
+        force_terminal=terminal and out.is_terminal,
+        legacy_windows=False,
+    )
     console.print(layout(report), crop=False)
-    text = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
+    if terminal and not out.encoding.startswith("utf"):
+        text = text.replace("─", "-")
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
@@ -33,7 +50,12 @@ def layout(report: DriftReport) -> Group:
         _line(f"{printable(report.source, 200)}{against}", "dim"),
     ]
     if report.against:
-        parts.append(_line(f"frozen: {report.scope} ({report.compared} tensors)", "dim"))
+        parts.append(
+            _line(
+                f"frozen: {report.scope} ({report.compared} tensor{'' if report.compared == 1 else 's'})",
+                "dim",
+            )
+        )
     shown = [layer for layer in report.layers if layer.changed or not report.against]
     if shown:
         parts += [Text(), _table(shown, compared=report.against is not None)]
@@ -56,7 +78,8 @@ def _verdict(report: DriftReport) -> Text:
     moved = sum(layer.changed for layer in report.layers)
     norms = f"{len(report.layers)} layer{'' if len(report.layers) == 1 else 's'} with running statistics"
     if report.against is None:
-        what = norms if report.clean else f"{len(report.findings)} findings in {norms}"
+        count = f"{len(report.findings)} finding{'' if len(report.findings) == 1 else 's'}"
+        what = norms if report.clean else f"{count} in {norms}"
         return _line(f"{'OK' if report.clean else 'BAD'}: {what}", "green" if report.clean else "bold red")
     if not report.clean:
         changed = f"{len(report.changed)} of {report.compared} frozen tensors changed"
@@ -83,7 +106,7 @@ def _table(layers: list[LayerDrift], *, compared: bool) -> Table:
         counter = "-" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
         if layer.batches:
             counter += f" ({layer.batches:+d})"
-        row = [printable(layer.name) or "(model)", *([layer.kind] if with_kind else [])]
+        row = [printable(layer.name, 200) or "(model)", *([layer.kind] if with_kind else [])]
         row += [str(layer.channels), counter]
         if compared:
             row.append("-" if layer.mean_shift_sigma is None else f"{layer.mean_shift_sigma:.3g}")

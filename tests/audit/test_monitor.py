@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -125,7 +126,7 @@ FAULTS: dict[str, tuple[Callable[[nn.ModuleDict], object], str, str, str]] = {
         lambda m: m["lin"].weight.data.view(torch.int32)[0, 0].bitwise_xor_(1),
         "FK103", "lin.weight", "1 of 9",
     ),
-    "sign of a zero": (lambda m: m["lin"].bias.data.neg_(), "FK103", "lin.bias", "only signs of zero"),
+    "sign of a zero": (lambda m: m["lin"].bias.data.neg_(), "FK103", "lin.bias", "3 of 3 values$"),
     "replaced parameter": (_replace, "FK103", "lin.weight", "9 of 9 values by up to"),
     "buffer": (lambda m: m["own"].seen.add_(1), "FK104", "own.seen", "2 of 2 values by up to 1"),
     "non-persistent buffer": (lambda m: m["own"].hidden.zero_(), "FK104", "own.hidden", "buffer changed"),
@@ -134,7 +135,7 @@ FAULTS: dict[str, tuple[Callable[[nn.ModuleDict], object], str, str, str]] = {
     "missing": (_remove, "FK105", "own.hidden", "is missing"),
     "missing variance": (_drop_variance, "FK105", "bn.running_var", "missing"),
     "added": (lambda m: m["own"].register_buffer("new", torch.ones(3)), "FK105", "own.new", "was added"),
-    "NaN": (lambda m: m["bn"].running_mean.fill_(float("nan")), "FK101", "bn", "moved"),
+    "NaN": (lambda m: m["bn"].running_mean.fill_(float("nan")), "FK101", "bn", "changed"),
 }  # fmt: skip
 
 
@@ -269,6 +270,10 @@ def test_wrong_use() -> None:
         DriftAuditor(model, optimizer, frozen="bn", on_drift="panic")  # type: ignore[arg-type]
     with pytest.raises(FreezekitError, match="every="):
         DriftAuditor(model, optimizer, frozen="bn", every=0)
+    with pytest.raises(FreezekitError, match="optimizer=: not an optimizer"):
+        DriftAuditor(model, "sgd", frozen="bn")  # type: ignore[arg-type]
+    with pytest.raises(FreezekitError, match="model: not a model .got dict"):
+        DriftAuditor({})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list(zoo.ZOO))
@@ -293,3 +298,86 @@ def test_real_architectures(name: str) -> None:
             assert [f.name for f in report.findings] == bn
             assert len(report.changed) == 3 * len(bn)
             assert all(f.step == 1 for f in report.findings)
+
+
+def test_a_layer_frozen_in_part_is_no_alarm() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with DriftAuditor(model, optimizer):
+        model(torch.randn(4, 3)).sum().backward()
+    model[0].register_buffer("new", torch.ones(1))
+    assert DriftAuditor(model).check() == []
+
+
+def test_buffers_of_held_layers_are_watched_whatever_is_beside_them() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    auditor = DriftAuditor(model)
+    assert auditor.report().layers == ()
+    assert (
+        "1.running_mean, 1.running_var, 1.num_batches_tracked; name them in frozen="
+        in auditor.report().notes[0]
+    )
+    handle = freezekit.freeze_backbone(model, head="2")
+    auditor = DriftAuditor(model, on_drift="record")
+    assert auditor.report().compared == len(handle.frozen)
+    assert auditor.report().notes == ()
+    model[1].running_mean.add_(1)
+    assert [f.code for f in auditor.check()] == ["FK101"]
+
+
+ODD: dict[str, tuple[Callable[[], torch.Tensor], Callable[[nn.Module], object]]] = {
+    "sparse": (lambda: torch.eye(3).to_sparse(), lambda m: setattr(m, "odd", torch.eye(3).to_sparse() * 2)),
+    "csr": (
+        lambda: torch.eye(3).to_sparse_csr(),
+        lambda m: setattr(m, "odd", torch.eye(3).to_sparse_csr() * 2),
+    ),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), lambda m: m.odd.add_(2j)),
+    "complex32": (lambda: torch.zeros(3, dtype=torch.complex32), lambda m: m.odd.real.fill_(1)),
+    "large int": (lambda: torch.full((3,), 2**62), lambda m: m.odd.add_(1)),
+    "float8": (
+        lambda: torch.ones(3).to(torch.float8_e4m3fnuz),
+        lambda m: setattr(m, "odd", torch.zeros(3).to(torch.float8_e4m3fnuz)),
+    ),
+    "conjugated": (lambda: torch.ones(3, dtype=torch.complex64).conj(), lambda m: m.odd.add_(2j)),
+    "meta": (lambda: torch.ones(3), lambda m: setattr(m, "odd", torch.ones(3, device="meta"))),
+    "made on meta": (lambda: torch.ones(3, device="meta"), lambda m: setattr(m, "odd", torch.ones(3))),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch's, that some of these are experimental
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tensors(kind: str) -> None:
+    make, change = ODD[kind]
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(1), requires_grad=False)
+    model.register_buffer("odd", make())
+    auditor = DriftAuditor(model, on_drift="record")
+    assert auditor.check() == []
+    change(model)
+    (finding,) = auditor.check()
+    assert (finding.code, finding.name) == ("FK104", "odd")
+    assert "buffer changed" in finding.message
+    assert "odd" in str(auditor.report())
+    json.loads(auditor.report().to_json())
+
+
+def test_statistics_that_became_nan_are_said_to_be() -> None:
+    model, optimizer = model_and_optimizer()
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model["bn"].train()(torch.full((4, 3), torch.nan))
+        optimizer.step()
+    found = {f.code: f.message for f in auditor.report().findings}
+    assert found["FK101"] == "running statistics changed over 1 batch; in train mode"
+    assert found["FK401"] == "6 of 6 values are NaN or infinite"
+
+
+def test_the_error_survives_pickling() -> None:
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(DriftError) as caught, DriftAuditor(model, optimizer):
+        step(model, optimizer)
+    copied = pickle.loads(pickle.dumps(caught.value))
+    assert str(copied) == str(caught.value)
+    assert copied.report == caught.value.report

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import pickle
 import subprocess
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,15 @@ from torch import Tensor, nn
 
 import freezekit
 import freezekit.freezing.holding
-from freezekit import SelectionError, freeze, freeze_backbone, is_frozen, trainable_parameters, unfreeze
+from freezekit import (
+    FreezekitError,
+    SelectionError,
+    freeze,
+    freeze_backbone,
+    is_frozen,
+    trainable_parameters,
+    unfreeze,
+)
 
 
 def mlp() -> nn.Sequential:
@@ -254,8 +264,21 @@ def test_tied_names_are_all_listed() -> None:
     shared = nn.Linear(2, 2)
     model["c"], model["d"] = shared, shared
     handle = freeze(model, ["a", "c"])
-    assert handle.frozen == ["a.weight", "a.bias", "c.weight", "c.bias", "d.weight", "d.bias"]
+    both = ["c.weight", "c.bias", "d.weight", "d.bias"]
+    assert handle.frozen == ["a.weight", "a.bias", "b.weight", *both]
+    assert is_frozen(model, "b.weight")
     assert "b.weight" not in handle.trainable
+    second = freeze(model, "b")
+    handle.undo()
+    assert not model["a"].weight.requires_grad  # the other still holds it, under another name
+    assert is_frozen(model, "a.weight")
+    second.undo()
+    assert all(p.requires_grad for p in model.parameters())
+    handle = freeze(model, "*")
+    unfreeze(model, "a")
+    assert model["b"].weight.requires_grad
+    assert not is_frozen(model, "b.weight")
+    assert not model["b"].bias.requires_grad
     handle.undo()
     assert all(p.requires_grad for p in model.parameters())
 
@@ -324,3 +347,124 @@ def test_a_freeze_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPat
         freeze_backbone(model)
     assert [(type(m), m.training, sorted(m.__dict__)) for m in model.modules()] == state
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Abstract(abc.ABC, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(x)
+
+
+class AbstractNorm(nn.BatchNorm1d, abc.ABC):
+    """A BN subclass with a metaclass of its own."""
+
+
+class Registered(nn.Linear):
+    def __init_subclass__(cls, /, tag: str) -> None:
+        raise AssertionError("not for classes that nobody wrote")
+
+
+class OwnReduce(nn.Linear):
+    def __reduce__(self) -> tuple[object, ...]:
+        return _remake, (self.in_features,), self.__dict__
+
+
+def _remake(features: int) -> OwnReduce:
+    return OwnReduce(features, features)
+
+
+@pytest.mark.parametrize(
+    "make", [Abstract, lambda: AbstractNorm(3), lambda: Registered(3, 3), lambda: OwnReduce(3, 3)]
+)
+def test_classes_of_every_kind_can_be_swapped(make: Callable[[], nn.Module]) -> None:
+    model = nn.ModuleDict({"layer": zoo.scramble(make()), "fc": nn.Linear(2, 2)})
+    kind = type(model["layer"])
+    x = torch.randn(4, 3)
+    expected = model.eval()["layer"](x)
+    handle = freeze(model, "layer")
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(copied["layer"], kind)
+        assert torch.equal(copied.train()["layer"](x), expected)
+        assert is_frozen(copied, "layer")
+    handle.undo()
+    assert type(model["layer"]) is kind
+
+
+class OwnTrain(nn.Module):
+    """Like LoRA layers that merge their weights in train(False)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.inner = nn.Dropout()
+
+    def train(self, mode: bool = True) -> OwnTrain:
+        super().train(mode)
+        self.weight.data += 1
+        return self
+
+
+def test_a_train_method_of_the_class_is_not_run_on_what_is_frozen() -> None:
+    model = nn.ModuleDict({"layer": OwnTrain(), "fc": nn.Linear(2, 2)})
+    with pytest.raises(
+        FreezekitError, match="layer: this class has a train.. of its own.*call model.eval.. first"
+    ):
+        freeze(model, "layer")
+    model.eval()
+    freeze(model, "layer")
+    before = zoo.snapshot(model)
+    model.train()
+    model.eval()
+    assert zoo.snapshot(model) == before
+    model.train()
+    assert not model["layer"].inner.training
+
+
+def test_an_embedding_that_renormalises_itself_is_refused() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 2, max_norm=1.0), "fc": nn.Linear(2, 2)})
+    with pytest.raises(FreezekitError, match="embed: an embedding with max_norm rewrites its weight"):
+        freeze(model, "embed")
+
+
+def test_unfreezing_part_of_a_norm_layer_lets_its_statistics_go() -> None:
+    model = mlp()
+    handle = freeze(model, "*")
+    handle.unfreeze("bn.weight")
+    assert not is_frozen(model, "bn.running_mean")
+    assert "bn.running_mean" not in handle.frozen
+    assert is_frozen(model, "bn.bias")
+
+
+def test_undo_refuses_to_break_a_layer_that_was_changed_meanwhile() -> None:
+    model = mlp()
+    handle = freeze_backbone(model)
+    nn.utils.parametrizations.weight_norm(model.a)
+    for end in (handle.undo, lambda: unfreeze(model), lambda: unfreeze(model, "a")):
+        with pytest.raises(
+            FreezekitError, match="a: the class of this layer was changed while it was frozen"
+        ):
+            end()
+        assert is_frozen(model, "bn")
+    nn.utils.parametrize.remove_parametrizations(model.a, "weight")
+    handle.undo()
+    assert type(model.a) is nn.Linear
+
+
+def test_modules_can_be_given_instead_of_names() -> None:
+    model = zoo.make("resnet18")
+    assert freeze(model, [model.layer1, "bn1"]).frozen == freeze(model, ["layer1", "bn1"]).frozen
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for call in (freeze_backbone, lambda m: freeze(m, "*"), unfreeze, lambda m: is_frozen(m, "a")):
+        with pytest.raises(FreezekitError, match="model: not a model .got dict"):
+            call({})
+    with pytest.raises(SelectionError, match="head=: a name must be a string .got 5"):
+        freeze_backbone(mlp(), head=5)  # type: ignore[arg-type]
+    with pytest.raises(SelectionError, match="nothing is left to freeze"):
+        freeze_backbone(mlp(), head="*")
+    with pytest.raises(SelectionError, match="nothing in the model is frozen"):
+        unfreeze(mlp(), "a")

@@ -73,6 +73,16 @@ def test_root_parameters_belong_to_the_backbone() -> None:
 def test_auxiliary_heads_train_too() -> None:
     model = build("inception_v3", 10)
     assert find_backbone(model).head == ("fc", "AuxLogits")
+    distilled = nn.Sequential(
+        OrderedDict(body=nn.Linear(4, 4), head=nn.Linear(4, 2), head_dist=nn.Linear(4, 2))
+    )
+    assert find_backbone(distilled).head == ("head", "head_dist")
+
+
+def test_buffers_beside_the_head_belong_to_the_backbone() -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), fc=nn.Linear(4, 2)))
+    model.register_buffer("position", torch.ones(3))
+    assert "position" in freeze_backbone(model).frozen
 
 
 class TestGiven:
@@ -168,6 +178,24 @@ class TestRefusals:
         with pytest.raises(SelectionError, match="embed.weight is head.weight"):
             freeze_backbone(model)
         assert model.embed.bias.requires_grad
+
+    @pytest.mark.parametrize("shared", [nn.BatchNorm1d(4), nn.Dropout()])
+    def test_a_module_on_both_sides_of_the_cut(self, shared: nn.Module) -> None:
+        head = nn.Sequential(shared, nn.Linear(4, 2))
+        model = nn.Sequential(OrderedDict(body=nn.Linear(4, 4), norm=shared, fc=head))
+        with pytest.raises(SelectionError, match="backbone and head share a .* is fc.0"):
+            freeze_backbone(model)
+
+    def test_a_conventional_name_that_is_not_last(self) -> None:
+        model = nn.Sequential(OrderedDict(embed=nn.Linear(4, 4), fc=nn.Linear(4, 4), output=nn.Linear(4, 2)))
+        with pytest.raises(SelectionError, match="'fc' is named like one but not the last.*head='output'"):
+            freeze_backbone(model)
+
+    @pytest.mark.parametrize("given", [{"head": "bn.weight"}, {"backbone": "bn.running_mean"}])
+    def test_half_of_a_norm_layer(self, given: dict[str, str]) -> None:
+        model = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), bn=nn.BatchNorm1d(4), fc=nn.Linear(4, 2)))
+        with pytest.raises(SelectionError, match="a buffer moves with its layer"):
+            freeze_backbone(model, **given)
 
     def test_bn_without_running_statistics(self) -> None:
         model = nn.Sequential(

@@ -1,0 +1,94 @@
+"""Refusals: what cannot be frozen, found out before anything is changed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from freezekit.errors import FreezekitError, SelectionError
+
+__all__ = ["refuse_impossible", "refuse_lone_buffers", "refuse_shared"]
+
+
+def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module]) -> None:
+    """Refuse layers that would move or depend on the batch even when held in eval mode."""
+    for name, module in modules.items():
+        if id(module) not in held:
+            continue
+        kind = type(module).__name__
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise FreezekitError(
+                "a BN layer without running statistics normalises by the batch even in eval mode, so it "
+                "cannot be frozen",
+                where=name,
+                got=f"{kind}(track_running_stats=False)",
+                remedy="leave it out, or give it statistics (track_running_stats=True) and calibrate them",
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise FreezekitError(
+                "a scripted module has its mode compiled in and cannot be held in eval mode",
+                where=name,
+                got=kind,
+                remedy="freeze the module that was scripted, and use it as it is or through torch.jit.trace",
+            )
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise FreezekitError(
+                "a lazily initialised layer has no values to freeze yet",
+                where=name,
+                got=kind,
+                remedy="run one batch through the model first",
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise FreezekitError(
+                "an embedding with max_norm rewrites its weight in eval mode too, so it cannot be frozen",
+                where=name,
+                got=f"max_norm={module.max_norm}",
+                remedy="renormalise the weight once and set max_norm to None, or leave the layer out",
+            )
+        if module.training and type(module).train is not nn.Module.train:
+            raise FreezekitError(
+                "this class has a train() of its own, which may do more than set the mode",
+                where=name,
+                got=f"{kind} in train mode",
+                remedy="call model.eval() first, so that it is frozen as eval mode leaves it",
+            )
+
+
+def refuse_shared(
+    modules: dict[str, nn.Module], tensors: list[tuple[str, nn.Module, str, Tensor]], chosen: set[str]
+) -> None:
+    """Refuse what is on both sides of the cut, where freezing one side would silently freeze the other."""
+    sides: list[tuple[str, object]] = [(name, t) for name, _, _, t in tensors]
+    sides += [(name, m) for name, m in modules.items() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    frozen = {id(thing): name for name, thing in sides if name in chosen}
+    for name, thing in sides:
+        if name not in chosen and id(thing) in frozen:
+            kind = "parameter" if isinstance(thing, Tensor) else "dropout layer"
+            raise SelectionError(
+                f"backbone and head share a {kind}: it cannot be frozen in one and train in the other",
+                where="model",
+                got=f"{frozen[id(thing)]} is {name}",
+                remedy="decide with freezekit.freeze(model, [...]), which freezes it everywhere",
+            )
+
+
+def refuse_lone_buffers(
+    tensors: list[tuple[str, nn.Module, str, Tensor]],
+    chosen: set[str],
+    held: dict[int, nn.Module],
+    *,
+    complement: bool,
+) -> None:
+    """Refuse buffers that nothing would keep in place, their layer not being frozen whole."""
+    for name, owner, own, _ in tensors:
+        if own not in owner._buffers or name not in chosen or id(owner) in held:
+            continue
+        if complement and owner._modules:
+            continue  # beside the head, in the module that holds both: part of the backbone all the same
+        raise SelectionError(
+            "a buffer moves with its layer and cannot be frozen without it",
+            where="names",
+            got=repr(name),
+            remedy=f"name the layer, {name.rpartition('.')[0]!r}, or both it and its parameters",
+        )
