@@ -53,6 +53,15 @@ def test_a_name_with_glob_characters_stands_for_itself() -> None:
     assert select("*.bias", names, where="x") == ["*.bias"]
 
 
+def test_a_name_with_a_line_break_below() -> None:
+    assert select("a", ["a.b\nc", "b"], where="x") == ["a.b\nc"]
+
+
+def test_a_name_from_inside_another_model() -> None:
+    with pytest.raises(SelectionError, match="did you mean 'layer1'"):
+        select("backbone.layer1", NAMES, where="x")
+
+
 parts = st.lists(st.text("ab1*?", min_size=1, max_size=3), min_size=1, max_size=3).map(".".join)
 names = st.lists(
     st.lists(st.text("ab1", min_size=1, max_size=3), min_size=1, max_size=4).map(".".join),

@@ -56,12 +56,8 @@ class Freeze:
     @property
     def trainable(self) -> list[str]:
         """Names of the parameters of the model that still train."""
-        frozen = set(self.frozen)
-        return [
-            name
-            for name, _, _, tensor in tensors_of(self.model)
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and name not in frozen
-        ]
+        tensors = tensors_of(self.model)
+        return [name for name, _, _, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad]
 
     def undo(self) -> None:
         """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.

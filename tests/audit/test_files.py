@@ -286,3 +286,124 @@ def test_json_schema(tmp_path: Path, state: State) -> None:
     } <= set(content["layers"][0])
     assert {"code", "name", "message", "fix"} <= set(content["findings"][0])
     assert sum(layer["changed"] for layer in content["layers"]) == NORMS
+
+
+def norms(names: str = "ab") -> State:
+    """BN layers with one counter, and nothing at its default."""
+    state = zoo.scramble(nn.ModuleDict({name: nn.BatchNorm1d(4) for name in names})).state_dict()
+    for name in names:
+        state[f"{name}.num_batches_tracked"].fill_(9)
+    return state
+
+
+def test_what_differs_outside_the_frozen_part_is_told(tmp_path: Path) -> None:
+    base = {
+        "lin.weight": torch.zeros(2, 3),
+        "lin.bias": torch.zeros(2),
+        "lin.gone": torch.ones(1),
+        "lin.same": torch.ones(1),
+    }
+    new = {"lin.weight": torch.zeros(3, 2), "lin.bias": torch.zeros(2).half(), "lin.same": torch.ones(1)}
+    report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(base, tmp_path / "base.pth"))
+    assert report.notes == (
+        "3 of 4 other tensors differ, as trained ones do: lin.weight, lin.bias, lin.gone",
+    )
+
+
+def test_a_mean_without_a_variance_is_a_buffer(tmp_path: Path) -> None:
+    base, new = {"m.running_mean": torch.zeros(3)}, {"m.running_mean": torch.ones(3)}
+    report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(base, tmp_path / "base.pth"), frozen="m")
+    assert [(f.code, f.name) for f in report.findings] == [("FK104", "m.running_mean")]
+
+
+def test_nan_in_a_variance(tmp_path: Path) -> None:
+    state = norms()
+    state["a.running_var"][1] = torch.nan
+    report = audit_checkpoint(save(state, tmp_path / "a.pth"))
+    assert [(f.code, f.name, f.message) for f in report.findings] == [
+        ("FK401", "a", "1 of 8 values are NaN or infinite")
+    ]
+
+
+def test_statistics_that_are_odd_but_possible(tmp_path: Path) -> None:
+    state = norms()
+    state["a.running_var"][1] = 0  # a dead channel
+    state["b.running_mean"].zero_()  # over a layer whose output is centred
+    assert audit_checkpoint(save(state, tmp_path / "a.pth")).findings == ()
+
+
+def test_a_counter_that_is_no_number(tmp_path: Path) -> None:
+    state = norms()
+    state["a.num_batches_tracked"] = torch.zeros(0, dtype=torch.int64)
+    report = audit_checkpoint(save(state, tmp_path / "a.pth"))
+    assert [layer.num_batches_tracked for layer in report.layers] == [None, 9]
+
+
+def test_statistics_that_cannot_be_read_are_not_judged(tmp_path: Path) -> None:
+    state = norms()
+    state["a.running_mean"] = state["a.running_mean"].to_sparse()
+    report = audit_checkpoint(save(state, tmp_path / "a.pth"))
+    assert report.findings == ()
+    assert [layer.name for layer in report.layers] == ["a", "b"]
+
+
+def test_tensors_that_cannot_be_read_count_as_different(tmp_path: Path) -> None:
+    state = norms() | {"lin.weight": torch.eye(3).to_sparse()}
+    path = save(state, tmp_path / "a.pth")
+    report = audit_checkpoint(path, path)
+    assert report.clean
+    assert any("lin.weight" in note for note in report.notes)
+
+
+def test_a_channel_that_was_infinite_is_left_out_of_the_size(tmp_path: Path) -> None:
+    base, new = norms(), norms()
+    new["a.running_mean"].copy_(base["a.running_mean"])
+    for name in base:
+        new[name] = base[name].clone()
+    base["a.running_mean"][1] = torch.inf
+    report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(base, tmp_path / "base.pth"))
+    assert [f.code for f in report.findings] == ["FK101"]
+    assert json.loads(report.to_json())["layers"][0]["mean_shift_sigma"] == 0
+
+
+def test_a_layer_that_trained_is_not_marked(tmp_path: Path, state: State) -> None:
+    report = audit_checkpoint(save(trained("all"), tmp_path / "all.pth"), save(state, tmp_path / "base.pth"))
+    assert not any(layer.changed for layer in report.layers)
+    assert all(layer.mean_shift_sigma for layer in report.layers)
+
+
+def test_what_the_base_had_already_is_not_held_against_the_file(tmp_path: Path) -> None:
+    state = norms()
+    state["a.running_mean"][1] = torch.nan
+    state["b.running_var"][1] = -1
+    path = save(state, tmp_path / "a.pth")
+    assert audit_checkpoint(path, path).findings == ()
+
+
+def test_full_fine_tuning_without_counters_is_not_drift(tmp_path: Path, state: State) -> None:
+    new = {n: t for n, t in trained("all").items() if not n.endswith("num_batches_tracked")}
+    report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(state, tmp_path / "base.pth"))
+    assert report.clean
+    assert report.compared == 0
+
+
+@pytest.mark.parametrize("how", ["naive", "ours"])
+def test_absent_counters_are_told_of_once(tmp_path: Path, state: State, how: str) -> None:
+    new = {n: t for n, t in trained(how).items() if not n.endswith("num_batches_tracked")}
+    report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(state, tmp_path / "base.pth"))
+    assert "2 of 22 other tensors differ, as trained ones do: fc.weight, fc.bias" in report.notes
+
+
+def test_a_prefix_ends_at_a_dot(tmp_path: Path) -> None:
+    base, new = {"layer.0.weight": torch.ones(2)}, {"mylayer.0.weight": torch.ones(2)}
+    with pytest.raises(FreezekitError, match="no tensor name in common"):
+        audit_checkpoint(save(new, tmp_path / "new.pth"), save(base, tmp_path / "base.pth"))
+
+
+def test_a_counter_alone_is_drift(tmp_path: Path, state: State) -> None:
+    edit = change(bn1__num_batches_tracked=lambda t: t + 1)
+    assert not audit_checkpoint(save(edit(state), tmp_path / "n.pth"), save(state, tmp_path / "b.pth")).clean
+
+
+def test_statistics_never_trained_are_not_clean(tmp_path: Path) -> None:
+    assert not audit_checkpoint(save(nn.BatchNorm1d(4).state_dict(), tmp_path / "a.pth")).clean

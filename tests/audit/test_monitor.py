@@ -381,3 +381,118 @@ def test_the_error_survives_pickling() -> None:
     copied = pickle.loads(pickle.dumps(caught.value))
     assert str(copied) == str(caught.value)
     assert copied.report == caught.value.report
+
+
+def test_a_nan_that_stays_is_no_change() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    model["lin"].weight.data[0, 0] = torch.nan
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    model["lin"].weight.data[1, 1] += 1
+    (finding,) = auditor.check()
+    assert finding.message == "parameter changed: 1 of 9 values by up to 1"
+
+
+def test_the_size_of_the_drift_uses_the_layers_own_eps() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    bn = model["bn"]
+    bn.eps = 0.5
+    bn.running_var.fill_(0.5)
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    bn.running_mean[1] += 2
+    auditor.check()
+    (layer,) = auditor.report().layers
+    assert layer.mean_shift_sigma == pytest.approx(2.0)
+
+
+def test_eval_mode_is_not_called_train_mode() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    model["bn"].running_mean[1] += 2
+    (finding,) = auditor.check()
+    assert "train mode" not in finding.message
+
+
+def test_the_mode_told_is_that_of_the_layer() -> None:
+    model, optimizer = model_and_optimizer()
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    model.eval()
+    model["bn"].train()
+    model["bn"](torch.randn(4, 3))
+    (finding,) = auditor.check()
+    assert finding.message.endswith("; in train mode")
+
+
+def test_tied_tensors_are_watched_under_each_name() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared})
+    auditor = DriftAuditor(model, frozen="b", on_drift="record")
+    shared.bias.data += 1
+    assert [finding.name for finding in auditor.check()] == ["b.bias"]
+
+
+def test_a_layer_that_trains_in_part_may_move_its_statistics() -> None:
+    model, optimizer = model_and_optimizer("not at all")
+    model["bn"].weight.requires_grad_(False)
+    assert DriftAuditor(model, optimizer).report().compared == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning", "ignore:.*quantized:UserWarning")
+def test_quantized_buffers_are_watched() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    model["own"].seen = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    assert DriftAuditor(model, optimizer).check() == []
+
+
+def test_the_sign_of_a_complex_zero() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    model["own"].seen = torch.zeros(2, dtype=torch.complex64)
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    assert auditor.check() == []
+    model["own"].seen.neg_()
+    assert [finding.name for finding in auditor.check()] == ["own.seen"]
+
+
+def test_the_step_of_a_counter_alone() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model["bn"].num_batches_tracked += 1
+        optimizer.step()
+        optimizer.step()
+    assert [layer.step for layer in auditor.report().layers] == [1]
+
+
+def test_a_counter_that_is_no_norms_is_a_buffer() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    model["own"].register_buffer("num_batches_tracked", torch.tensor(3))
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    model["own"].num_batches_tracked = torch.tensor(3.0)
+    assert [(f.code, f.name) for f in auditor.check()] == [("FK105", "own.num_batches_tracked")]
+
+
+def test_a_counter_counts_by_value() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    auditor = DriftAuditor(model, optimizer)
+    model["bn"].num_batches_tracked = model["bn"].num_batches_tracked.float()
+    assert auditor.check() == []
+
+
+def test_one_step_in_the_source() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer) as auditor:
+        step(model, optimizer)
+        assert auditor.report().source == "ModuleDict after 1 step"
+        step(model, optimizer)
+        assert auditor.report().source == "ModuleDict after 2 steps"
+
+
+def test_the_report_of_the_error_knows_the_step() -> None:
+    model, optimizer = model_and_optimizer()
+    with pytest.raises(DriftError) as caught, DriftAuditor(model, optimizer):
+        step(model, optimizer)
+    assert {finding.step for finding in caught.value.report.findings} == {1}
+
+
+def test_a_bias_that_trains_beside_a_frozen_weight_is_not_added() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].weight.requires_grad_(False)
+    assert DriftAuditor(model).check() == []

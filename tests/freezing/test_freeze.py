@@ -10,6 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -468,3 +469,136 @@ def test_what_is_no_model_is_refused() -> None:
         freeze_backbone(mlp(), head="*")
     with pytest.raises(SelectionError, match="nothing in the model is frozen"):
         unfreeze(mlp(), "a")
+
+
+def test_a_parameter_set_to_train_again_is_listed() -> None:
+    model = mlp()
+    handle = freeze(model, ["a", "bn"])
+    model.a.weight.requires_grad_()
+    assert "a.weight" in handle.trainable
+
+
+def test_a_layer_in_both_backbone_and_head_is_refused() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"body": shared, "top": shared})
+    with pytest.raises(SelectionError, match=r"body.weight is top.weight"):
+        freeze_backbone(model, head="top")
+
+
+def test_unfreezing_everything_takes_up_the_mode_last_asked_for() -> None:
+    model = mlp().eval()
+    freeze(model, ["a", "bn"])
+    model.train()
+    unfreeze(model)
+    assert model.bn.training
+
+
+def test_unfreezing_without_a_mode_asked_for_keeps_the_one_at_the_freeze() -> None:
+    for mode in (True, False):
+        model = mlp().train(mode)
+        freeze(model, ["a", "bn"])
+        unfreeze(model)
+        assert model.bn.training is mode
+
+
+def test_a_layer_without_tensors_is_unfrozen_by_name() -> None:
+    model = mlp()
+    freeze(model, ["a", "bn", "drop"])
+    model.train()
+    unfreeze(model, "drop")
+    assert model.drop.training
+    assert not model.bn.training
+
+
+def test_a_layer_used_twice_goes_by_either_name() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": shared, "fc": nn.Linear(2, 2)})
+    freeze(model, "a")
+    assert is_frozen(model, "b")
+    unfreeze(model, "b")
+    assert not is_frozen(model, "a")
+    assert shared.weight.requires_grad
+
+
+class Sized(nn.modules.lazy.LazyModuleMixin, nn.Module):
+    """Lazy, and stays of its class once it has its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+
+    def initialize_parameters(self, x: torch.Tensor) -> None:
+        if self.has_uninitialized_params():
+            self.weight.materialize(x.shape[1:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+def test_a_lazy_layer_of_ones_own_freezes_once_it_has_values() -> None:
+    model = nn.Sequential(OrderedDict(body=Sized(), fc=nn.Linear(3, 2)))
+    with pytest.raises(FreezekitError, match="body: a lazily"):
+        freeze_backbone(model)
+    model(torch.ones(1, 3))
+    assert freeze_backbone(model).frozen == ["body.weight"]
+
+
+def test_parameters_of_the_model_itself_have_a_row() -> None:
+    rows = str(freeze_backbone(zoo.make("vit"))).splitlines()
+    assert [row.split()[2:] for row in rows if row.startswith("(own)")] == [["32", "0", "0"]]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_layer_of_two_freezes_is_held_until_both_end(order: tuple[int, int]) -> None:
+    model = mlp()
+    handles = [freeze(model, ["a", "bn"]), freeze(model, ["bn", "b"])]
+    handles[order[0]].undo()
+    assert not model.train().bn.training
+    handles[order[1]].undo()
+    assert model.train().bn.training
+
+
+def test_root_buffers_belong_to_the_backbone() -> None:
+    model = nn.Sequential(OrderedDict(body=nn.Linear(2, 2), fc=nn.Linear(2, 2)))
+    model.register_buffer("pixel_mean", torch.zeros(3))
+    assert freezekit.find_backbone(model).backbone == ("pixel_mean", "body")
+    assert freeze_backbone(model).frozen == ["pixel_mean", "body.weight", "body.bias"]
+
+
+def test_a_child_called_module_is_no_wrapper_beside_others() -> None:
+    model = nn.Sequential(OrderedDict(module=zoo.make("resnet18"), fc=nn.Linear(10, 2)))
+    assert freezekit.find_backbone(model).head == ("fc",)
+
+
+def test_a_module_given_is_found_under_all_its_names() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"body": nn.Linear(2, 2), "a": shared, "b": shared})
+    handle = freeze_backbone(model, head=shared)
+    assert handle.selection.head == ("a", "b")
+    assert handle.frozen == ["body.weight", "body.bias"]
+
+
+def test_layers_of_a_class_are_held_in_one_and_the_same_class() -> None:
+    model = mlp()
+    freeze(model, ["a", "b"])
+    assert type(model.a) is type(model.b)
+
+
+def test_held_torch_layers_are_leaves_for_a_tracer() -> None:
+    model = mlp()
+    freeze(model, ["a", "drop"])
+    graph = torch.fx.symbolic_trace(model).graph
+    called = [node.target for node in graph.nodes if node.op == "call_module"]
+    assert {"a", "drop"} <= set(called)
+
+
+def test_freezing_registers_no_class() -> None:
+    registered: list[type] = []
+
+    class Registering(nn.Linear):
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            registered.append(cls)
+
+    model = nn.ModuleDict({"a": Registering(2, 2), "fc": nn.Linear(2, 2)})
+    freeze(model, "a")
+    assert registered == []
