@@ -15,8 +15,10 @@ from types import ModuleType
 import pytest
 import torch
 import zoo
+from click.testing import CliRunner
 
 import freezekit
+import freezekit.cli
 
 
 def run(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -223,3 +225,32 @@ def test_version_and_help() -> None:
     assert "0 clean, 1 drift or bad statistics, 2 wrong usage, 3 unreadable" in " ".join(
         run("--help").stdout.split()
     )
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_a_pipe_closed_from_the_start_is_no_error(checkpoints: tuple[Path, Path], form: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as stdout:
+        done = subprocess.run(
+            [sys.executable, "-m", "freezekit", "audit", checkpoints[0], "--format", form],
+            stdout=stdout, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_short_help() -> None:
+    assert run("audit", "-h").stdout == run("audit", "--help").stdout
+
+
+def test_a_narrow_terminal_cuts_nothing_off(checkpoints: tuple[Path, Path]) -> None:
+    lines = run("audit", checkpoints[1], "--against", checkpoints[1], COLUMNS="30").stdout.splitlines()
+    assert lines[0] == "CLEAN: none of 100 frozen tensors changed (20 layers with running statistics)"
+
+
+def test_keep_reaches_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str | None] = []
+    monkeypatch.setattr("freezekit.demo.run", kept.append)
+    for arguments in (["demo"], ["demo", "--keep", "here"]):
+        assert CliRunner().invoke(freezekit.cli.main, arguments).exit_code == 0
+    assert kept == [None, "here"]

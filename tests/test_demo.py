@@ -57,3 +57,32 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FreezekitError, match="cannot make the folder"):
         demo.run(str(tmp_path / "file" / "out"))
+
+
+def test_both_heads_start_alike_and_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, batches = [], []
+
+    def look(model: torch.nn.Module, *_: object) -> None:
+        heads.append(model.get_submodule("classifier").weight.detach().clone())
+        batches.append(torch.randperm(5).tolist())
+
+    monkeypatch.setattr(demo, "_train", look)
+    demo.run(console=Console(file=io.StringIO()))
+    base, naive, ours = heads
+    assert torch.equal(naive, ours)
+    assert not torch.equal(naive, base)
+    assert batches[1] == batches[2]
+
+
+def test_what_the_demo_says_can_be_checked(tmp_path: Path) -> None:
+    out = io.StringIO()
+    arms = demo.run(str(tmp_path / "out"), Console(file=out, width=100, highlight=False))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(demo._SEED)
+        *_, new_test = demo._digits()
+    for arm in arms:
+        model = demo._network()
+        model.load_state_dict(torch.load(arm.file))
+        assert demo._accuracy(model, new_test) == arm.new_task
+    naive, base = tmp_path / "out" / "naive.pth", tmp_path / "out" / "base.pth"
+    assert f"freezekit audit {naive} --against {base}" in out.getvalue().splitlines()
