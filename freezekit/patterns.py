@@ -10,7 +10,7 @@ from fnmatch import translate
 
 from freezekit.errors import SelectionError
 
-__all__ = ["select"]
+__all__ = ["below", "select"]
 
 
 def select(
@@ -50,8 +50,7 @@ def select(
                 got=repr(pattern)[:80],
                 remedy="give names or globs",
             )
-        # "/" comes next after "."; names are many (a handle's whole list), so none is looked at in vain
-        found = ordered[bisect_left(ordered, f"{pattern}.") : bisect_left(ordered, f"{pattern}/")]
+        found = below(pattern, ordered) if pattern else []
         found += [pattern] * (pattern in exact)
         if not found:
             # translate() ends in an anchor; everything below a matched name belongs to it
@@ -63,6 +62,18 @@ def select(
             )
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def below(scope: str, ordered: list[str]) -> list[str]:
+    """Return the names below ``scope`` of a sorted list, without looking at the others; all below ``""``.
+
+    >>> below("a", ["a", "a.b", "ab.c"])
+    ['a.b']
+    """
+    if not scope:
+        return ordered
+    # "/" comes next after "."
+    return ordered[bisect_left(ordered, f"{scope}.") : bisect_left(ordered, f"{scope}/")]
 
 
 def _suggest(pattern: str, names: Sequence[str]) -> str:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 import numpy as np
 
 from freezekit.audit import drift
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.state import StateTable, TensorState
+from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
-from freezekit.patterns import select
+from freezekit.patterns import below, select
 
 __all__ = ["audit_checkpoint"]
 
@@ -104,10 +104,10 @@ def _inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
     frozen: set[str] = set()
     kept = 0
     for layer in layers:
-        scope, parameters = layer, _below(layer, every)
+        scope, parameters = layer, below(layer, every)
         while scope and not parameters:  # a BN without parameters goes with what is beside it
             scope = scope.rpartition(".")[0]
-            parameters = _below(scope, every)
+            parameters = below(scope, every)
         same = all(_same(name, base, table, recast=True) for name in parameters)
         # A layer that is gone cannot be told to have trained, and must not pass for clean.
         missing = not any(name in table for name in own[layer])
@@ -115,12 +115,6 @@ def _inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
         if same or missing:
             frozen.update(own[layer])
     return frozen, f"inferred: {kept} of {len(layers)} BN layers kept their parameters bit for bit"
-
-
-def _below(scope: str, ordered: list[str]) -> list[str]:
-    if not scope:
-        return ordered
-    return ordered[bisect_left(ordered, f"{scope}.") : bisect_left(ordered, f"{scope}/")]
 
 
 def _same(name: str, base: StateTable, table: StateTable, *, recast: bool = False) -> bool:
@@ -174,14 +168,11 @@ def _extra_prefix(table: StateTable, other: StateTable) -> str:
         for candidate in lasts.get(".".join(name.rsplit(".", 2)[-2:]), [])[:50]:
             if name == candidate or name.endswith("." + candidate):
                 votes[name[: len(name) - len(candidate)]] += 1
-    best = max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
-    return best if votes[best] > votes[""] else ""
+    return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
 
 
 def _strip(table: StateTable, prefix: str) -> StateTable:
     tensors = [
-        TensorState(t.name.removeprefix(prefix), t.role, t.dtype, t.shape, t.read, t.unsupported)
-        for t in table.values()
-        if t.name.startswith(prefix)
+        replace(t, name=t.name.removeprefix(prefix)) for t in table.values() if t.name.startswith(prefix)
     ]
     return StateTable(tensors, table.source, table.notes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from freezekit.audit import drift
-from freezekit.audit.findings import DriftReport, Finding, LayerDrift
+from freezekit.audit.findings import DriftReport, Finding
 from freezekit.audit.state import DTYPE_SIZES, Role, StateTable, TensorState
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
 from freezekit.patterns import select
@@ -125,8 +126,7 @@ class DriftAuditor:
         Raises:
             DriftError: something moved and ``on_drift`` is ``"raise"``.
         """
-        current = _tensors(self.model)
-        moved = [name for name in self._watched(current) if not self._same(name, current.get(name))]
+        current, moved = self._look()
         if not moved:
             return []
         report = self._report(current, moved)
@@ -146,9 +146,7 @@ class DriftAuditor:
 
     def report(self) -> DriftReport:
         """Return the state of things now, with the step at which each finding was first seen."""
-        current = _tensors(self.model)
-        moved = [name for name in self._watched(current) if not self._same(name, current.get(name))]
-        return self._report(current, moved)
+        return self._report(*self._look())
 
     def __enter__(self) -> DriftAuditor:
         return self.attach()
@@ -167,6 +165,11 @@ class DriftAuditor:
         ours = {id(parameter) for parameter in self.model.parameters()}
         if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             self._after_step()
+
+    def _look(self) -> tuple[dict[str, tuple[Tensor, Role]], list[str]]:
+        """Return the tensors as they are, and the names of those that differ."""
+        current = _tensors(self.model)
+        return current, [name for name in self._watched(current) if not self._same(name, current.get(name))]
 
     def _watched(self, current: dict[str, tuple[Tensor, Role]]) -> Iterator[str]:
         """Yield the frozen names, and those added since to a layer that was frozen whole."""
@@ -195,7 +198,7 @@ class DriftAuditor:
             self._scope,
             len(self._frozen),
             tuple(changed),
-            tuple(_at_step(layer, steps.get(layer.name)) for layer in layers),
+            tuple(replace(layer, step=steps.get(layer.name)) for layer in layers),
             tuple(self._completed(finding) for finding in findings),
             self._notes,
         )
@@ -204,14 +207,7 @@ class DriftAuditor:
         """Add when it was first seen, and that the layer was in train mode then, which is how it moves."""
         train = finding.code in ("FK101", "FK102") and self._modes.get(finding.name, False)
         message = finding.message + ("; in train mode" if train else "")
-        step = self._first.get((finding.code, finding.name))
-        return Finding(finding.code, finding.name, message, finding.fix, step)
-
-
-def _at_step(layer: LayerDrift, step: int | None) -> LayerDrift:
-    from dataclasses import replace
-
-    return layer if step is None else replace(layer, step=step)
+        return replace(finding, message=message, step=self._first.get((finding.code, finding.name)))
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, Role]]:

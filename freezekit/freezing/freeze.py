@@ -14,6 +14,7 @@ from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, 
 from freezekit.freezing.selection import (
     Names,
     Selection,
+    names_of,
     require_module,
     resolve,
     select_backbone,
@@ -252,7 +253,7 @@ def is_frozen(model: nn.Module, name: str) -> bool:
     for full, owner, own, _ in tensors_of(model):
         if full == name:
             return bool(holding.holders_of(owner, own))
-    select([name], [*(n for n in modules if n), *(n for n, *_ in tensors_of(model))], where="name")
+    select([name], names_of(model), where="name")
     raise SelectionError(
         "a glob names more than one thing", where="name", got=repr(name), remedy="give one name"
     )
@@ -279,8 +280,7 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None)
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = list(tensors_of(model))
-    every = list(dict.fromkeys([*(name for name in modules if name), *(name for name, *_ in tensors)]))
-    chosen = set(select(names, every, where="names"))
+    chosen = set(select(names, names_of(model), where="names"))
     held = _whole_modules(model, chosen)
     refuse_impossible(modules, held)
     refuse_lone_buffers(tensors, chosen, held, complement=selection is not None)

@@ -15,6 +15,7 @@ __all__ = [
     "Names",
     "Selection",
     "find_backbone",
+    "names_of",
     "require_module",
     "resolve",
     "select_backbone",
@@ -138,7 +139,7 @@ def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None
         rest = _everything_but(backbones, model, "").backbone
         return Selection(tuple(backbones), rest, "backbone= was given")
     heads = resolve(model, head, "head=")
-    names = _names(model)
+    names = names_of(model)
     both = set(select(backbones, names, where="backbone=")) & set(select(heads, names, where="head="))
     if both:
         raise SelectionError(
@@ -158,7 +159,8 @@ def require_module(model: object) -> None:
         )
 
 
-def _names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
+    """Return the names of everything in the model: modules, then parameters and buffers."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     return list(dict.fromkeys([*modules, *(name for name, *_ in tensors_of(model))]))
 
@@ -170,7 +172,7 @@ def resolve(model: nn.Module, given: Names, where: str) -> list[str]:
         SelectionError: a pattern matches nothing, a module is not the model's, or something else was given.
     """
     require_module(model)
-    names = _names(model)
+    names = names_of(model)
     if not isinstance(given, Iterable) and not isinstance(given, nn.Module):
         given = cast("list[str]", [given])  # refused below, with what it is
     items = [given] if isinstance(given, (str, nn.Module)) else list(given)

@@ -64,27 +64,16 @@ def _infer(
     bias: Tensor | None,
     eps: float,
     ranks: tuple[int, ...],
+    own: bool,
 ) -> Tensor:
     _check_rank(input, ranks)
+    if own:
+        return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
     trains = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
     if torch.is_grad_enabled() and input.requires_grad and not trains:
         output: Tensor = _Inference.apply(input, mean, var, weight, bias, eps)
         return output
     return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
-
-
-@torch.fx.wrap
-def _infer_own(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    ranks: tuple[int, ...],
-) -> Tensor:
-    _check_rank(input, ranks)
-    return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
 
 
 def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
@@ -118,9 +107,7 @@ class _FrozenBatchNorm(Held, _NormBase):
                 "rest of the batch. Remedy: construct it with track_running_stats=True"
             )
         # Called by name and not through the class, where tracing could not replace it.
-        if self._own:
-            return _infer_own(input, mean, var, self.weight, self.bias, self.eps, self._ranks)
-        return _infer(input, mean, var, self.weight, self.bias, self.eps, self._ranks)
+        return _infer(input, mean, var, self.weight, self.bias, self.eps, self._ranks, self._own)
 
 
 class FrozenBatchNorm1d(_FrozenBatchNorm):
