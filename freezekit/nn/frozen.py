@@ -66,7 +66,7 @@ def _infer(
     ranks: tuple[int, ...],
     own: bool,
 ) -> Tensor:
-    _check_rank(input, ranks)
+    own_functional.check_rank(input, ranks)
     if own:
         return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
     trains = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
@@ -74,15 +74,6 @@ def _infer(
         output: Tensor = _Inference.apply(input, mean, var, weight, bias, eps)
         return output
     return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
-
-
-def _check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
-    if not ranks:  # SyncBatchNorm
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-    elif input.dim() not in ranks:
-        expected = " or ".join(f"{rank}D" for rank in ranks)
-        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
 
 
 class _FrozenBatchNorm(Held, _NormBase):

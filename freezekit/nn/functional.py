@@ -8,7 +8,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["batch_norm_eval", "batch_norm_train", "check_operands", "update_running_stats"]
+from freezekit.nn.kernels import BatchNormTrain, batch_norm_plain, compute_dtype, is_plain_eager
+
+__all__ = ["batch_norm_eval", "batch_norm_train", "check_operands", "check_rank", "update_running_stats"]
+
+
+def check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
+    """Refuse an input of another rank than the layer takes.
+
+    Args:
+        input: the layer's input.
+        ranks: the ranks that it takes; none for any from 2 on.
+
+    Raises:
+        ValueError: the input has another rank.
+
+    >>> check_rank(torch.ones(2, 3), (4,))
+    Traceback (most recent call last):
+    ValueError: expected 4D input (got 2D input)
+
+    Source: the conditions of ``torch.nn.BatchNorm2d`` and ``torch.nn.SyncBatchNorm``.
+    """
+    if not ranks:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+    elif input.dim() not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
 
 
 def check_operands(input: Tensor, **operands: Tensor | None) -> None:
@@ -37,7 +63,7 @@ def check_operands(input: Tensor, **operands: Tensor | None) -> None:
             f'"batch_norm" not implemented for {input.dtype}: the input must be floating point'
         )
     channels = input.size(1)
-    allowed = (input.dtype, _compute_dtype(input))
+    allowed = (input.dtype, compute_dtype(input))
     for name, operand in operands.items():
         if operand is None:
             continue
@@ -84,20 +110,16 @@ def batch_norm_train(
     if eps <= 0.0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
     check_operands(input, weight=weight, bias=bias)
-    x = input.to(_compute_dtype(input))
-    if x.numel() == 0:
-        mean, var = x.new_zeros(x.size(1)), x.new_ones(x.size(1))
+    if input.numel() == 0:
+        mean = input.new_zeros(input.size(1), dtype=compute_dtype(input))
+        var = torch.ones_like(mean)
         return batch_norm_eval(input, mean, var, weight, bias, eps), mean, var
-    dims = [dim for dim in range(x.dim()) if dim != 1]
-    # A mean of 1e4 in float32 is off by up to 5e-4, which at a deviation of 1e-2 moves the output by 0.05.
-    # What is left after subtracting it is small, so its mean is exact enough to take that error out again.
-    # Nothing depends on the first shift, so it needs no gradient.
-    shift = x.detach().mean(dims, keepdim=True)
-    centred = x - shift
-    rest = centred.mean(dims, keepdim=True)
-    centred = centred - rest
-    var = centred.square().mean(dims)
-    return _scale(input, centred, var, weight, bias, eps), (shift + rest).flatten(), var
+    weight, bias = (p if p is None else p.to(compute_dtype(input)) for p in (weight, bias))
+    if is_plain_eager(input):
+        output, mean, var = BatchNormTrain.apply(input, weight, bias, eps)
+        return output, mean, var
+    output, mean, var = batch_norm_plain(input, weight, bias, eps)
+    return _as_input(output, input), mean, var
 
 
 def batch_norm_eval(
@@ -140,7 +162,7 @@ def batch_norm_eval(
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     check_operands(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    centred = input.to(_compute_dtype(input)) - _per_channel(running_mean, input)
+    centred = input.to(compute_dtype(input)) - _per_channel(running_mean, input)
     return _scale(input, centred, running_var, weight, bias, eps)
 
 
@@ -179,16 +201,15 @@ def update_running_stats(
     if n == 0:
         return
     with torch.no_grad():
-        for running, batch in ((running_mean, mean), (running_var, var * (n / (n - 1)))):
-            running.copy_(running.to(batch.dtype) * (1 - factor) + batch * factor)
-
-
-def _compute_dtype(input: Tensor) -> torch.dtype:
-    return torch.promote_types(input.dtype, torch.float32)
+        for running, batch, unbias in ((running_mean, mean, 1.0), (running_var, var, n / (n - 1))):
+            if isinstance(factor, float) and running.dtype == batch.dtype:
+                running.mul_(1 - factor).add_(batch, alpha=factor * unbias)
+            else:
+                running.copy_(running.to(batch.dtype) * (1 - factor) + batch * unbias * factor)
 
 
 def _per_channel(values: Tensor, input: Tensor) -> Tensor:
-    return values.to(_compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
+    return values.to(compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
 
 
 def _scale(
@@ -199,6 +220,10 @@ def _scale(
     output = centred * (deviation.reciprocal() if weight is None else _per_channel(weight, input) / deviation)
     if bias is not None:
         output = output + _per_channel(bias, input)
+    return _as_input(output, input)
+
+
+def _as_input(output: Tensor, input: Tensor) -> Tensor:
     output = output.to(input.dtype)
     # As torch's layer: channels-last stays, any other order of strides comes out contiguous, so that
     # `bn(x.transpose(1, 2)).view(...)` works. (`is_contiguous(memory_format=)` cannot be asked under vmap.)
