@@ -117,7 +117,9 @@ class Contender:
     compiled: bool
 
     def __post_init__(self) -> None:
-        self.call: Callable[[Tensor], Tensor] = torch.compile(self.model) if self.compiled else self.model
+        self.call: Callable[[Tensor], Tensor] = (
+            torch.compile(self.model, fullgraph=True) if self.compiled else self.model
+        )
         # a rate so small that every round computes the same; the update costs what it always costs
         self.optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=1e-12)
 
@@ -166,6 +168,7 @@ def compete(
     target = torch.arange(len(x), device=x.device)
     runners: dict[str, Contender] = {}
     torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 4 * len(WHO)  # they share the code of ResNet.forward
     for name in who:
         try:
             model = make(name, base, head_only).to(x.device)
