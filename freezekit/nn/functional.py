@@ -8,7 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from freezekit.nn.kernels import BatchNormTrain, batch_norm_plain, compute_dtype, is_plain_eager
+from freezekit.nn.kernels import (
+    BatchNormCompiled,
+    BatchNormTrain,
+    batch_norm_plain,
+    compute_dtype,
+    is_plain_eager,
+)
 
 __all__ = ["batch_norm_eval", "batch_norm_train", "check_operands", "check_rank", "update_running_stats"]
 
@@ -118,7 +124,8 @@ def batch_norm_train(
     if is_plain_eager(input):
         output, mean, var = BatchNormTrain.apply(input, weight, bias, eps)
         return output, mean, var
-    output, mean, var = batch_norm_plain(input, weight, bias, eps)
+    plain = BatchNormCompiled.apply if torch.compiler.is_compiling() else batch_norm_plain
+    output, mean, var = plain(input, weight, bias, eps)
     return _as_input(output, input), mean, var
 
 
