@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.nn import functional
+from freezekit.nn.bias import OptionalBias
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class _OwnForward(_BatchNorm):
+class _OwnForward(OptionalBias, _BatchNorm):
     """Mixin: the forward of torch's batch normalisation, computed by :mod:`freezekit.nn.functional`."""
 
     frozen: bool = False
     """Whether the layer is frozen; the classes that freezing swaps in say ``True``."""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.drop_bias()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the batch (training, or no running statistics) or by the running statistics."""
@@ -96,6 +114,7 @@ class BatchNorm2d(_OwnForward, torch.nn.BatchNorm2d):
         track_running_stats: whether there are running statistics; without, the batch normalises in eval too.
         device: where the parameters and statistics are made.
         dtype: their dtype.
+        bias: whether an affine layer has a ``bias``; also on a torch whose own layer does not take it.
 
     Shape:
         (N, C, H, W), output the same, in the input's dtype and memory format.
