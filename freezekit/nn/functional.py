@@ -231,7 +231,8 @@ def group_norm(
     Args:
         input: floating point; float16 and bfloat16 are computed in float32.
         num_groups: G, into which the channels divide evenly.
-        weight, bias: gamma and beta, or ``None`` for 1 and 0.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
         eps: added to the variance.
 
     Returns:
@@ -241,10 +242,9 @@ def group_norm(
         ``input`` and output (N, C, *), ``weight`` and ``bias`` (C).
 
     Raises:
-        NotImplementedError: the input is not floating point.
         ValueError: a group holds one value, or ``N * C // G`` is 1 where nothing follows the channels.
         RuntimeError: the input has less than two dimensions, its channels do not divide into the groups, or
-            an operand does not fit it (:func:`check_operands`).
+            an operand does not fit (:func:`check_operands`).
 
     >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2, None, torch.tensor([0.0, 0.0, 1.0, 2.0]), 1e-9)
     tensor([[-1.,  1.,  1.,  2.]])
@@ -283,7 +283,8 @@ def layer_norm(
     Args:
         input: floating point; float16 and bfloat16 are computed in float32.
         normalized_shape: the sizes of the last dimensions.
-        weight, bias: gamma and beta, or ``None`` for 1 and 0.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
         eps: added to the variance.
 
     Returns:
@@ -293,7 +294,6 @@ def layer_norm(
         ``input`` and output (*, *normalized_shape), ``weight`` and ``bias`` ``normalized_shape``.
 
     Raises:
-        NotImplementedError: the input is not floating point.
         RuntimeError: ``normalized_shape`` is empty or not what the input ends in, or an operand has another
             shape or a dtype that does not fit the input (:func:`check_operands`).
 
@@ -329,7 +329,8 @@ def instance_norm_train(
 
     Args:
         input: floating point; float16 and bfloat16 are computed in float32.
-        weight, bias: gamma and beta, or ``None`` for 1 and 0.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
         eps: added to the variance.
 
     Returns:
@@ -340,7 +341,6 @@ def instance_norm_train(
         ``input`` and output (N, C, *), ``weight`` and ``bias`` (C), mean and variance (N, C).
 
     Raises:
-        NotImplementedError: the input is not floating point.
         ValueError: one value for each channel of a sample.
         RuntimeError: an operand does not fit the input (:func:`check_operands`).
 
@@ -384,7 +384,7 @@ def _affine(
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    # `is_contiguous(memory_format=)` cannot be asked under vmap. What fits both formats is contiguous to torch.
+    # `is_contiguous(memory_format=)` cannot be asked under vmap. What fits both formats counts as contiguous.
     if x.dim() not in (4, 5) or x.numel() == 0:
         return False
     expected = 1

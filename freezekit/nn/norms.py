@@ -50,7 +50,7 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)  # type: ignore[arg-type]  # None too
         if not bias:
             self.drop_bias()
 
