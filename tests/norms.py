@@ -75,7 +75,7 @@ every_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "e
 
 
 def theirs_of(name: str, *args: Any, **kwargs: Any) -> Any:
-    """torch's layer; ``bias=False`` as newer torch does it, also where this torch's layer does not take it."""
+    """torch's layer, with ``bias=False`` also where this torch's layer does not take it."""
     cls = getattr(nn, name)
     if "bias" in kwargs and "bias" not in inspect.signature(cls).parameters:
         layer = theirs_of(name, *args, **{key: value for key, value in kwargs.items() if key != "bias"})
@@ -133,3 +133,20 @@ def outcome(function: Callable[[], Any]) -> tuple[type[BaseException] | None, An
 
 def assert_same(got: Any, expected: Any, tolerance: float = 1e-10) -> None:
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def assert_no_less_exact(
+    got: dict[str, Tensor], native: dict[str, Tensor], oracle: dict[str, Tensor]
+) -> None:
+    """As near to a float64 oracle as torch's own layer: twice its error, and what one rounding may cost."""
+    assert got.keys() == native.keys() == oracle.keys()
+    for key, truth in oracle.items():
+        assert got[key].dtype == native[key].dtype, key
+        if not truth.is_floating_point():
+            assert torch.equal(got[key], native[key]), key
+            continue
+        # Of the largest value; sums in float32 end within a few ulp of each other, whatever their order.
+        ulps = 4 if got[key].dtype == torch.float32 else 1
+        floor = ulps * torch.finfo(got[key].dtype).eps * float(truth.abs().max())
+        error, native_error = ((seen[key].double() - truth).abs().max() for seen in (got, native))
+        assert error <= 2 * native_error + floor, key

@@ -362,13 +362,13 @@ def instance_norm_train(
 
 
 def _centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over ``dims``; also give that mean and the biased variance, ``dims`` kept as 1."""
-    # In two steps, for the reason that batch_norm_train gives.
+    """Subtract the mean over ``dims`` (as batch_norm_train does); also give it and the biased variance."""
     shift = x.detach().mean(dims, keepdim=True)
     centred = x - shift
     rest = centred.mean(dims, keepdim=True)
     centred = centred - rest
-    return centred, shift + rest, centred.square().mean(dims, keepdim=True)
+    mean = torch.where(shift.isinf(), shift, shift + rest)  # infinity minus itself is NaN: no correction
+    return centred, mean, centred.square().mean(dims, keepdim=True)
 
 
 def _affine(
