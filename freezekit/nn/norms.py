@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,10 +20,22 @@ __all__ = ["GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "L
 # for torch's; the node looks at the layer, and so follows `train()` and `eval()`, each time it runs.
 @torch.fx.wrap
 def _instance_norm(layer: _OwnInstanceNorm, input: Tensor) -> Tensor:
-    # torch's forward checks the rank and the channels, adds a batch dimension where there is none, and calls
-    # `_apply_instance_norm`.
-    output: Tensor = _InstanceNorm.forward(layer, input)
-    return output
+    layer._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's, without hints
+    unbatched = input.dim() == layer._unbatched_rank
+    channel_dim = 0 if unbatched else 1
+    channels = input.size(channel_dim)
+    if channels != layer.num_features:
+        if layer.affine:
+            raise ValueError(
+                f"expected input's size at dim={channel_dim} to match num_features ({layer.num_features}), "
+                f"but got: {channels}."
+            )
+        warnings.warn(
+            f"input's size at dim={channel_dim} does not match num_features. You can silence this warning by "
+            "not passing in num_features, which is not used because affine=False",
+            stacklevel=3,
+        )
+    return layer._normalise(input.unsqueeze(0)).squeeze(0) if unbatched else layer._normalise(input)
 
 
 @torch.fx.wrap
@@ -37,6 +50,8 @@ def _group_norm(layer: GroupNorm, input: Tensor) -> Tensor:
 
 class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
     """Mixin: the constructor and forward of the own instance normalisation."""
+
+    _unbatched_rank: int
 
     def __init__(
         self,
@@ -58,7 +73,7 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
         """Normalise by each instance, or in eval by the running statistics where they are tracked."""
         return _instance_norm(self, input)
 
-    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+    def _normalise(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.track_running_stats and not self.training:
             if mean is None or var is None:
@@ -105,6 +120,8 @@ class InstanceNorm1d(_OwnInstanceNorm, nn.InstanceNorm1d):
     https://pytorch.org/docs/stable/generated/torch.nn.InstanceNorm1d.html
     """
 
+    _unbatched_rank = 2
+
 
 class InstanceNorm2d(_OwnInstanceNorm, nn.InstanceNorm2d):
     """Instance normalisation of images, a drop-in for ``torch.nn.InstanceNorm2d``.
@@ -146,6 +163,8 @@ class InstanceNorm2d(_OwnInstanceNorm, nn.InstanceNorm2d):
     https://pytorch.org/docs/stable/generated/torch.nn.InstanceNorm2d.html
     """
 
+    _unbatched_rank = 3
+
 
 class InstanceNorm3d(_OwnInstanceNorm, nn.InstanceNorm3d):
     """Instance normalisation of volumes or videos, a drop-in for ``torch.nn.InstanceNorm3d``.
@@ -167,6 +186,8 @@ class InstanceNorm3d(_OwnInstanceNorm, nn.InstanceNorm3d):
     Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022;
     https://pytorch.org/docs/stable/generated/torch.nn.InstanceNorm3d.html
     """
+
+    _unbatched_rank = 4
 
 
 class LayerNorm(nn.LayerNorm):

@@ -496,10 +496,10 @@ def test_empty(
             assert not value.any(), key
     assert_same({key: got[key] for key in before}, before, 0)
     # torch's affine instance norm fails on an empty batch, its plain one then makes the statistics NaN, and
-    # newer torch's group norm refuses empty samples: all of them deliberately not followed.
+    # newer torch's group norm refuses empty samples, where older's has NaN gradients: none of it is followed.
     if expected[0] is None:
         for key, value in expected[1].items():
-            if not (key in before and value.isnan().all()):
+            if not value.isnan().any():
                 assert_same(got[key], value, 0)
     else:
         assert (name.startswith("Instance") and affine) or name == "GroupNorm"
