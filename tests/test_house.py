@@ -41,7 +41,8 @@ def test_public_names() -> None:
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
         "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm1d", "FrozenBatchNorm2d",
-        "FrozenBatchNorm3d", "FrozenSyncBatchNorm",
+        "FrozenBatchNorm3d", "FrozenSyncBatchNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d",
+        "InstanceNorm3d", "LayerNorm",
     ]  # fmt: skip
     for name in freezekit.__all__:
         assert getattr(freezekit, name).__doc__, name

@@ -2,6 +2,7 @@
 
 from freezekit.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from freezekit.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenSyncBatchNorm
+from freezekit.nn.norms import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d, LayerNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -11,4 +12,9 @@ __all__ = [
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
     "FrozenSyncBatchNorm",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
 ]

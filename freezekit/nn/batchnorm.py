@@ -3,82 +3,78 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.nn import functional
+from freezekit.nn.bias import OptionalBias
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-@torch.fx.wrap  # a traced graph has one node for the layer, as it has for torch's
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    tracks: bool,
-    momentum: float | None,
-    eps: float,
-    ranks: tuple[int, ...],
-) -> Tensor:
-    functional.check_rank(input, ranks)
-    tracks = training and tracks
-    # Counted before anything below can fail, because torch does.
-    if tracks and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-
-    mean, var = running_mean, running_var
-    if (mean is None) != (var is None):
-        raise ValueError("running_mean and running_var must either both be None or neither be None")
-    if not training and mean is not None and var is not None:
-        return functional.batch_norm_eval(input, mean, var, weight, bias, eps)
-
-    n = input.size(0) * math.prod(input.shape[2:])
-    if n == 1:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.size()}"
-        )
-    if tracks:
-        functional.check_operands(input, running_mean=mean, running_var=var)
-    output, batch_mean, batch_var = functional.batch_norm_train(input, weight, bias, eps)
-    if tracks and mean is not None and var is not None:
-        factor: float | Tensor | None = momentum
-        if factor is None:
-            # 1 / count as a tensor, so that neither CUDA waits nor torch.compile breaks the graph here.
-            count = num_batches_tracked
-            factor = 0.0 if count is None else count.to(batch_mean.dtype).reciprocal()
-        functional.update_running_stats(mean, var, batch_mean, batch_var, n, factor)
-    return output
+@torch.fx.wrap  # a traced graph has one node for the layer, as for torch's, and the node asks for its mode
+def _batch_norm(layer: _OwnForward, input: Tensor) -> Tensor:
+    return layer._normalise(input)
 
 
-class _OwnForward(_BatchNorm):
+class _OwnForward(OptionalBias, _BatchNorm):
     """Mixin: the forward of torch's batch normalisation, computed by :mod:`freezekit.nn.functional`."""
 
     frozen: bool = False
     """Whether the layer is frozen; the classes that freezing swaps in say ``True``."""
-    _ranks: tuple[int, ...]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if not bias:
+            self.drop_bias()
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the batch (training, or no running statistics) or by the running statistics."""
-        return _batch_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
-            self.weight,
-            self.bias,
-            self.training,
-            self.track_running_stats,
-            self.momentum,
-            self.eps,
-            self._ranks,
-        )
+        return _batch_norm(self, input)
+
+    def _normalise(self, input: Tensor) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's, without hints
+        tracks = self.training and self.track_running_stats
+        # Counted before anything below can fail, because torch does.
+        if tracks and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+        mean, var = self.running_mean, self.running_var
+        if (mean is None) != (var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        if not self.training and mean is not None and var is not None:
+            return functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
+
+        n = input.size(0) * math.prod(input.shape[2:])
+        if n == 1:
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, got input size {input.size()}"
+            )
+        if tracks:
+            functional.check_operands(input, running_mean=mean, running_var=var)
+        output, batch_mean, batch_var = functional.batch_norm_train(input, self.weight, self.bias, self.eps)
+        if tracks and mean is not None and var is not None:
+            factor: float | Tensor | None = self.momentum
+            if factor is None:
+                # 1 / count as a tensor, so that neither CUDA waits nor torch.compile breaks the graph here.
+                count = self.num_batches_tracked
+                factor = 0.0 if count is None else count.to(batch_mean.dtype).reciprocal()
+            functional.update_running_stats(mean, var, batch_mean, batch_var, n, factor)
+        return output
 
 
 class BatchNorm1d(_OwnForward, torch.nn.BatchNorm1d):
@@ -103,8 +99,6 @@ class BatchNorm1d(_OwnForward, torch.nn.BatchNorm1d):
     https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm1d.html
     """
 
-    _ranks = (2, 3)
-
 
 class BatchNorm2d(_OwnForward, torch.nn.BatchNorm2d):
     """Batch normalisation of images, a drop-in for ``torch.nn.BatchNorm2d``.
@@ -128,6 +122,7 @@ class BatchNorm2d(_OwnForward, torch.nn.BatchNorm2d):
         track_running_stats: whether there are running statistics; without, the batch normalises in eval too.
         device: where the parameters and statistics are made.
         dtype: their dtype.
+        bias: whether an affine layer has a ``bias``; also on a torch whose own layer does not take it.
 
     Shape:
         (N, C, H, W), output the same, in the input's dtype and memory format.
@@ -143,8 +138,6 @@ class BatchNorm2d(_OwnForward, torch.nn.BatchNorm2d):
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1 and section 3.2;
     https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm2d.html
     """
-
-    _ranks = (4,)
 
 
 class BatchNorm3d(_OwnForward, torch.nn.BatchNorm3d):
@@ -167,5 +160,3 @@ class BatchNorm3d(_OwnForward, torch.nn.BatchNorm3d):
     Source: Ioffe and Szegedy 2015, arXiv:1502.03167, Algorithm 1;
     https://pytorch.org/docs/stable/generated/torch.nn.BatchNorm3d.html
     """
-
-    _ranks = (5,)

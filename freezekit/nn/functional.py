@@ -5,6 +5,9 @@ No ready-made normalisation op is called, so the formulas below are what runs, o
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,16 @@ from freezekit.nn.kernels import (
     is_plain_eager,
 )
 
-__all__ = ["batch_norm_eval", "batch_norm_train", "check_operands", "check_rank", "update_running_stats"]
+__all__ = [
+    "batch_norm_eval",
+    "batch_norm_train",
+    "check_operands",
+    "check_rank",
+    "group_norm",
+    "instance_norm_train",
+    "layer_norm",
+    "update_running_stats",
+]
 
 
 def check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
@@ -64,23 +76,14 @@ def check_operands(input: Tensor, **operands: Tensor | None) -> None:
 
     Source: the conditions of ``torch.nn.functional.batch_norm``.
     """
-    if not input.is_floating_point():
-        raise NotImplementedError(
-            f'"batch_norm" not implemented for {input.dtype}: the input must be floating point'
-        )
+    _check_dtypes(input, **operands)
     channels = input.size(1)
-    allowed = (input.dtype, compute_dtype(input))
     for name, operand in operands.items():
-        if operand is None:
-            continue
-        if operand.numel() != channels:
+        if operand is not None and operand.numel() != channels:
             raise RuntimeError(
                 f"{name} should contain {channels} elements not {operand.numel()}: "
                 f"the input of shape {tuple(input.shape)} has {channels} channels"
             )
-        if operand.dtype not in allowed:
-            expected = " or ".join(dict.fromkeys(map(str, allowed)))
-            raise RuntimeError(f"{name} is {operand.dtype}, but a {input.dtype} input takes {expected}")
 
 
 def batch_norm_train(
@@ -215,6 +218,18 @@ def update_running_stats(
                 running.copy_(running.to(batch.dtype) * (1 - factor) + batch * unbias * factor)
 
 
+def _check_dtypes(input: Tensor, **operands: Tensor | None) -> None:
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f"normalisation is not implemented for {input.dtype}: the input must be floating point"
+        )
+    allowed = (input.dtype, compute_dtype(input))
+    for name, operand in operands.items():
+        if operand is not None and operand.dtype not in allowed:
+            expected = " or ".join(dict.fromkeys(map(str, allowed)))
+            raise RuntimeError(f"{name} is {operand.dtype}, but a {input.dtype} input takes {expected}")
+
+
 def _per_channel(values: Tensor, input: Tensor) -> Tensor:
     return values.to(compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
 
@@ -236,3 +251,183 @@ def _as_input(output: Tensor, input: Tensor) -> Tensor:
     # `bn(x.transpose(1, 2)).view(...)` works. (`is_contiguous(memory_format=)` cannot be asked under vmap.)
     channels_last = output.dim() in (4, 5) and output.stride(1) == 1
     return output if channels_last else output.contiguous()
+
+
+def group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise each group of channels of each sample by its own statistics.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``, with the mean and the biased variance over the
+    channels of a group and every dimension after them.
+
+    Args:
+        input: floating point; float16 and bfloat16 are computed in float32.
+        num_groups: G, into which the channels divide evenly.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The output in the input's dtype; in float32 under CUDA autocast, as torch's.
+
+    Shape:
+        ``input`` and output (N, C, *), ``weight`` and ``bias`` (C).
+
+    Raises:
+        ValueError: a group holds one value, or ``N * C // G`` is 1 where nothing follows the channels.
+        RuntimeError: the input has less than two dimensions, its channels do not divide into the groups, or
+            an operand does not fit (:func:`check_operands`).
+
+    >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2, None, torch.tensor([0.0, 0.0, 1.0, 2.0]), 1e-9)
+    tensor([[-1.,  1.,  1.,  2.]])
+
+    Source: Wu and He 2018, arXiv:1803.08494, equations 1 to 3; ``torch.nn.functional.group_norm``.
+    """
+    if input.dim() < 2:
+        raise RuntimeError(f"Expected at least 2 dimensions for input tensor but received {input.dim()}")
+    batch, channels, spatial = input.size(0), input.size(1), list(input.shape[2:])
+    # torch's own condition: two samples of one value a group pass, and come out as the bias.
+    if batch * channels // num_groups * math.prod(spatial) == 1:
+        size = [batch * channels // num_groups, num_groups, *spatial]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if channels % num_groups != 0:
+        raise RuntimeError(
+            "Expected number of channels in input to be divisible by num_groups, "
+            f"but got input of shape {list(input.shape)} and num_groups={num_groups}"
+        )
+    input = _autocast(input)
+    check_operands(input, weight=weight, bias=bias)
+    # Splitting a dimension is a view in any memory format, so channels-last comes through the arithmetic.
+    groups = input.to(compute_dtype(input)).unflatten(1, (num_groups, channels // num_groups))
+    centred, _, var = _centre(groups, list(range(2, groups.dim())))
+    output = (centred / (var + eps).sqrt()).flatten(1, 2)
+    return _affine(input, output, weight, bias, [-1] + [1] * len(spatial))
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Normalise over the last dimensions, each position before them by its own statistics.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``, with the mean and the biased variance over the
+    dimensions of ``normalized_shape``.
+
+    Args:
+        input: floating point; float16 and bfloat16 are computed in float32.
+        normalized_shape: the sizes of the last dimensions.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The output in the input's dtype; in float32 under CUDA autocast, as torch's.
+
+    Shape:
+        ``input`` and output (*, *normalized_shape), ``weight`` and ``bias`` ``normalized_shape``.
+
+    Raises:
+        RuntimeError: ``normalized_shape`` is empty or not what the input ends in, or an operand has another
+            shape or a dtype that does not fit the input (:func:`check_operands`).
+
+    >>> layer_norm(torch.tensor([[1.0, 3.0], [7.0, 5.0]]), [2], torch.tensor([1.0, 2.0]), None, 1e-9)
+    tensor([[-1.,  2.],
+            [ 1., -2.]])
+
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450, equation 3; ``torch.nn.functional.layer_norm``.
+    """
+    shape = list(normalized_shape)
+    if not shape:
+        raise RuntimeError("Expected normalized_shape to be at least 1-dimensional, but got []")
+    if list(input.shape[-len(shape) :]) != shape:
+        expected = f"expected input with shape [*, {str(shape)[1:]}"
+        raise RuntimeError(f"Given normalized_shape={shape}, {expected}, but got {list(input.shape)}")
+    input = _autocast(input)
+    _check_dtypes(input, weight=weight, bias=bias)
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None and list(operand.shape) != shape:
+            got = f"got {name} of shape {list(operand.shape)} and normalized_shape = {shape}"
+            raise RuntimeError(f"Expected {name} to be of same shape as normalized_shape, but {got}")
+    centred, _, var = _centre(input.to(compute_dtype(input)), list(range(-len(shape), 0)))
+    return _affine(input, centred / (var + eps).sqrt(), weight, bias, shape)
+
+
+def instance_norm_train(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise each channel of each sample by its own statistics.
+
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias``, with the mean and the biased variance over every
+    dimension after the channels. With ``eps`` 0 a constant channel comes out as the bias, as torch's does.
+
+    Args:
+        input: floating point; float16 and bfloat16 are computed in float32.
+        weight: gamma, or ``None`` for 1.
+        bias: beta, or ``None`` for 0.
+        eps: added to the variance.
+
+    Returns:
+        The output in the input's dtype, the mean, and the biased variance, both at least float32 (and NaN
+        where there is no value to take them from).
+
+    Shape:
+        ``input`` and output (N, C, *), ``weight`` and ``bias`` (C), mean and variance (N, C).
+
+    Raises:
+        ValueError: one value for each channel of a sample.
+        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+
+    >>> output, mean, var = instance_norm_train(torch.tensor([[[1.0, 3.0]], [[5.0, 9.0]]]), None, None, 0.0)
+    >>> output.tolist(), mean.tolist(), var.tolist()
+    ([[[-1.0, 1.0]], [[-1.0, 1.0]]], [[2.0], [7.0]], [[1.0], [4.0]])
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022; ``torch.nn.functional.instance_norm``.
+    """
+    if math.prod(input.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
+    check_operands(input, weight=weight, bias=bias)
+    x = input.to(compute_dtype(input))
+    centred, mean, var = _centre(x, list(range(2, x.dim())))
+    # 0 / 0 is NaN; through infinity it is 0, and so are its gradients.
+    divisor = var.masked_fill(var == 0.0, math.inf) if eps == 0.0 else var + eps
+    output = _affine(input, centred / divisor.sqrt(), weight, bias, [-1] + [1] * (x.dim() - 2))
+    return output, mean.flatten(1), var.flatten(1)
+
+
+def _centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the mean over ``dims`` (as batch_norm_train does); also give it and the biased variance."""
+    shift = x.detach().mean(dims, keepdim=True)
+    centred = x - shift
+    rest = centred.mean(dims, keepdim=True)
+    centred = centred - rest
+    mean = torch.where(shift.isinf(), shift, shift + rest)  # infinity minus itself is NaN: no correction
+    return centred, mean, centred.square().mean(dims, keepdim=True)
+
+
+def _affine(
+    input: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]
+) -> Tensor:
+    """Scale and shift by parameters seen as ``shape``, in the input's dtype and memory format."""
+    if weight is not None:
+        normal = normal * weight.to(normal.dtype).reshape(shape)
+    if bias is not None:
+        normal = normal + bias.to(normal.dtype).reshape(shape)
+    output = normal.to(input.dtype)
+    return output if _is_channels_last(output) else output.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    # `is_contiguous(memory_format=)` cannot be asked under vmap. What fits both formats counts as contiguous.
+    if x.dim() not in (4, 5) or x.numel() == 0:
+        return False
+    expected = 1
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.size(dim) != 1 and x.stride(dim) != expected:
+            return False
+        expected *= x.size(dim)
+    return x.size(1) != 1 and math.prod(x.shape[2:]) != 1
+
+
+def _autocast(input: Tensor) -> Tensor:
+    # torch's CUDA autocast has layer and group norm on its list of ops to run, and to answer, in float32.
+    return input.to(compute_dtype(input)) if input.is_cuda and torch.is_autocast_enabled("cuda") else input
