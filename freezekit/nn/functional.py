@@ -16,8 +16,10 @@ from freezekit.nn.kernels import (
     BatchNormTrain,
     batch_norm_plain,
     compute_dtype,
+    is_channels_last,
     is_plain_eager,
 )
+from freezekit.nn.row_kernels import GroupNorm, LayerNorm, group_norm_plain, layer_norm_plain
 
 __all__ = [
     "batch_norm_eval",
@@ -123,7 +125,7 @@ def batch_norm_train(
         mean = input.new_zeros(input.size(1), dtype=compute_dtype(input))
         var = torch.ones_like(mean)
         return batch_norm_eval(input, mean, var, weight, bias, eps), mean, var
-    weight, bias = (p if p is None else p.to(compute_dtype(input)) for p in (weight, bias))
+    weight, bias = _computed(input, weight), _computed(input, bias)
     if is_plain_eager(input):
         output, mean, var = BatchNormTrain.apply(input, weight, bias, eps)
         return output, mean, var
@@ -246,11 +248,15 @@ def _scale(
 
 
 def _as_input(output: Tensor, input: Tensor) -> Tensor:
+    """Give the output the dtype and memory format of the input: any strides but channels-last are contiguous."""
     output = output.to(input.dtype)
-    # As torch's layer: channels-last stays, any other order of strides comes out contiguous, so that
-    # `bn(x.transpose(1, 2)).view(...)` works. (`is_contiguous(memory_format=)` cannot be asked under vmap.)
-    channels_last = output.dim() in (4, 5) and output.stride(1) == 1
-    return output if channels_last else output.contiguous()
+    if not is_channels_last(input):
+        return output.contiguous()
+    if is_channels_last(output):  # asked first, for vmap knows of no memory format
+        return output
+    return output.contiguous(
+        memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d
+    )
 
 
 def group_norm(
@@ -298,11 +304,10 @@ def group_norm(
         )
     input = _autocast(input)
     check_operands(input, weight=weight, bias=bias)
-    # Splitting a dimension is a view in any memory format, so channels-last comes through the arithmetic.
-    groups = input.to(compute_dtype(input)).unflatten(1, (num_groups, channels // num_groups))
-    centred, _, var = _centre(groups, list(range(2, groups.dim())))
-    output = (centred / (var + eps).sqrt()).flatten(1, 2)
-    return _affine(input, output, weight, bias, [-1] + [1] * len(spatial))
+    weight, bias = _computed(input, weight), _computed(input, bias)
+    compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
+    output, _, _ = compute(input, weight, bias, eps, num_groups)
+    return _as_input(output, input)
 
 
 def layer_norm(
@@ -348,8 +353,12 @@ def layer_norm(
         if operand is not None and list(operand.shape) != shape:
             got = f"got {name} of shape {list(operand.shape)} and normalized_shape = {shape}"
             raise RuntimeError(f"Expected {name} to be of same shape as normalized_shape, but {got}")
-    centred, _, var = _centre(input.to(compute_dtype(input)), list(range(-len(shape), 0)))
-    return _affine(input, centred / (var + eps).sqrt(), weight, bias, shape)
+    weight, bias = _computed(input, weight), _computed(input, bias)
+    if is_plain_eager(input):
+        output = LayerNorm.apply(input, weight, bias, eps, shape)
+    else:
+        (output,) = layer_norm_plain(input, weight, bias, eps, shape)
+    return _as_input(output, input)
 
 
 def instance_norm_train(
@@ -386,46 +395,14 @@ def instance_norm_train(
     if math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
     check_operands(input, weight=weight, bias=bias)
-    x = input.to(compute_dtype(input))
-    centred, mean, var = _centre(x, list(range(2, x.dim())))
-    # 0 / 0 is NaN; through infinity it is 0, and so are its gradients.
-    divisor = var.masked_fill(var == 0.0, math.inf) if eps == 0.0 else var + eps
-    output = _affine(input, centred / divisor.sqrt(), weight, bias, [-1] + [1] * (x.dim() - 2))
-    return output, mean.flatten(1), var.flatten(1)
+    weight, bias = _computed(input, weight), _computed(input, bias)
+    compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
+    output, mean, var = compute(input, weight, bias, eps, input.size(1))
+    return _as_input(output, input), mean, var
 
 
-def _centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over ``dims`` (as batch_norm_train does); also give it and the biased variance."""
-    shift = x.detach().mean(dims, keepdim=True)
-    centred = x - shift
-    rest = centred.mean(dims, keepdim=True)
-    centred = centred - rest
-    mean = torch.where(shift.isinf(), shift, shift + rest)  # infinity minus itself is NaN: no correction
-    return centred, mean, centred.square().mean(dims, keepdim=True)
-
-
-def _affine(
-    input: Tensor, normal: Tensor, weight: Tensor | None, bias: Tensor | None, shape: list[int]
-) -> Tensor:
-    """Scale and shift by parameters seen as ``shape``, in the input's dtype and memory format."""
-    if weight is not None:
-        normal = normal * weight.to(normal.dtype).reshape(shape)
-    if bias is not None:
-        normal = normal + bias.to(normal.dtype).reshape(shape)
-    output = normal.to(input.dtype)
-    return output if _is_channels_last(output) else output.contiguous()
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    # `is_contiguous(memory_format=)` cannot be asked under vmap. What fits both formats counts as contiguous.
-    if x.dim() not in (4, 5) or x.numel() == 0:
-        return False
-    expected = 1
-    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
-        if x.size(dim) != 1 and x.stride(dim) != expected:
-            return False
-        expected *= x.size(dim)
-    return x.size(1) != 1 and math.prod(x.shape[2:]) != 1
+def _computed(input: Tensor, parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.to(compute_dtype(input))
 
 
 def _autocast(input: Tensor) -> Tensor:

@@ -15,7 +15,20 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["BatchNormCompiled", "BatchNormTrain", "batch_norm_plain", "compute_dtype", "is_plain_eager"]
+__all__ = [
+    "BatchNormCompiled",
+    "BatchNormTrain",
+    "batch_norm_plain",
+    "blocks_of",
+    "compute_dtype",
+    "dense",
+    "differentiate",
+    "is_channels_last",
+    "is_plain_eager",
+    "multiply_add",
+    "scaled_difference",
+    "strided_like",
+]
 
 _BLOCK = 400_000
 """Numbers in a block: with a scratch block of the same size they fit the L2 caches of a few cores."""
@@ -23,7 +36,7 @@ _BLOCK = 400_000
 _SMALL = 65_536
 """Numbers up to which the calls cost more than the memory, and the fewest calls win."""
 
-_scaled_difference = torch.ops.aten.mse_loss_backward.grad_input
+scaled_difference = torch.ops.aten.mse_loss_backward.grad_input
 """``2 * (x - target) * g`` in one pass, where ``sub`` and ``mul`` take two."""
 
 
@@ -44,14 +57,26 @@ def is_plain_eager(input: Tensor) -> bool:
     )
 
 
-def _dense(x: Tensor) -> Tensor:
+def is_channels_last(x: Tensor) -> bool:
+    """Tell whether torch's ops answer ``x`` in channels-last: by the order of its strides, gaps or not."""
+    if x.dim() not in (4, 5) or x.stride(1) == 0 or x.numel() == 0:
+        return False
+    least = 0
+    for dim in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):  # what fits both is contiguous
+            return False
+        least = x.stride(dim) * x.size(dim)
+    return True
+
+
+def dense(x: Tensor) -> Tensor:
     """Return ``x`` laid out as the output will be: channels-last if it is, else contiguous."""
-    if x.is_contiguous() or x.dim() not in (4, 5) or x.stride(1) != 1 or 0 in x.stride():
+    if not is_channels_last(x):
         return x.contiguous()
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
-def _like(g: Tensor, x: Tensor) -> Tensor:
+def strided_like(g: Tensor, x: Tensor) -> Tensor:
     """Return ``g`` with the strides of ``x``."""
     return g if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
@@ -65,7 +90,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, -2)
 
 
-def _blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def blocks_of(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors of one shape alike, along the first dimension."""
     first = tensors[0]
     if first.numel() < 2 * _BLOCK or not first.is_cpu:
@@ -86,7 +111,7 @@ def _channel_dims(x: Tensor) -> tuple[list[int], list[int]]:
     return ([0], [-1]) if x.dim() == 2 else ([0, *range(2, x.dim())], [-1] + [1] * (x.dim() - 2))
 
 
-def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, inner: bool) -> None:
+def multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, inner: bool) -> None:
     """``out = x * scale + shift`` per channel, by what is fastest for the layout."""
     if inner or not x.is_cpu:
         torch.addcmul(shift, x, scale, out=out)
@@ -94,11 +119,14 @@ def _multiply_add(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor, inner: b
         torch.mul(x, scale, out=out).add_(shift)
 
 
-def _differentiate(
-    plain: Callable[..., tuple[Tensor, ...]], operands: tuple[Tensor | None, ...], eps: float, grad: Tensor
+def differentiate(
+    plain: Callable[..., tuple[Tensor, ...]],
+    operands: tuple[Tensor | None, ...],
+    constants: tuple[Any, ...],
+    grad: Tensor,
 ) -> list[Tensor | None]:
     """Return the gradients for ``operands`` as part of a graph, to be differentiated again."""
-    y = plain(*operands, eps)[0]
+    y = plain(*operands, *constants)[0]
     wanted = [t for t in operands if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
     return [next(found) if t is not None and t.requires_grad else None for t in operands]
@@ -174,7 +202,7 @@ class BatchNormTrain(torch.autograd.Function):
     def forward(  # noqa: D102
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = _dense(input.to(compute_dtype(input)))
+        x = dense(input.to(compute_dtype(input)))
         forward = _batch_norm_forward if x.numel() > _SMALL else _small_batch_norm_forward
         y, mean, var, *saved = forward(x, weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, *saved)
@@ -189,8 +217,8 @@ class BatchNormTrain(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if torch.is_grad_enabled():  # differentiated again
-            return *_differentiate(batch_norm_plain, (input, weight, bias), ctx.eps, grad), None
-        x = _dense(input.to(compute_dtype(input)))
+            return *differentiate(batch_norm_plain, (input, weight, bias), (ctx.eps,), grad), None
+        x = dense(input.to(compute_dtype(input)))
         backward = _batch_norm_backward if x.numel() > _SMALL else _small_batch_norm_backward
         dx, d_weight, d_bias = backward(grad.to(x.dtype), x, ctx.needs_input_grad[0], *saved)
         return (
@@ -207,7 +235,7 @@ def _batch_norm_forward(
     y = torch.empty_like(x)
     rows = _rows(x)
     inner, n = rows.dim() == 2, x.numel() // x.size(1)
-    blocks = _blocks(rows, _rows(y))
+    blocks = blocks_of(rows, _rows(y))
     # Deviations are taken from a pivot, the mean of a sixteenth of the batch, so that sums of their squares
     # lose at most a factor 16 of precision, however large the mean is beside the deviation: the mean of a
     # part p of any data is within sigma * sqrt((1 - p) / p) of the mean of all.
@@ -232,24 +260,24 @@ def _batch_norm_forward(
     if not inner:
         scale, shift = scale[:, None], shift[:, None]
     for block, out in reversed(blocks):  # the last ones are still in the cache
-        _multiply_add(torch.sub(block, column, out=out), scale, shift, out, inner)
+        multiply_add(torch.sub(block, column, out=out), scale, shift, out, inner)
     return y, pivot + rest, var, pivot, rest, invstd, scale.flatten()
 
 
 def _batch_norm_backward(
     grad: Tensor, x: Tensor, needs_dx: bool, pivot: Tensor, rest: Tensor, invstd: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    g = _like(grad, x)
+    g = strided_like(grad, x)
     dx = torch.empty_like(x)
     rows = _rows(x)
     inner, n = rows.dim() == 2, x.numel() // x.size(1)
-    blocks = _blocks(rows, _rows(g), _rows(dx))
+    blocks = blocks_of(rows, _rows(g), _rows(dx))
     column = pivot if inner else pivot[:, None]
     scratch = torch.empty_like(blocks[0][0])
     sums, products = [], []
     for block, g_block, _ in blocks:
         t = scratch[: len(block)]
-        _scaled_difference(g_block, block, column.expand_as(block), 0, grad_input=t)
+        scaled_difference(g_block, block, column.expand_as(block), 0, grad_input=t)
         products.append(t.sum(0 if inner else 2))
         sums.append(g_block.sum(0 if inner else 2))
     d_bias = _total(sums, inner)
@@ -262,7 +290,7 @@ def _batch_norm_backward(
     if not inner:
         scale, slope, shift = scale[:, None], slope[:, None], shift[:, None]
     for block, g_block, out in reversed(blocks):
-        _multiply_add(block, slope, shift, out, inner)
+        multiply_add(block, slope, shift, out, inner)
         torch.addcmul(out, g_block, scale, out=out)
     return dx, d_weight, d_bias
 

@@ -1,0 +1,236 @@
+"""The kernels of the norms whose statistics stay within a sample: instance, group and layer normalisation.
+
+As in :mod:`freezekit.nn.kernels`, but no sum runs across samples, so a block is read once and finished while
+it is in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from freezekit.nn.kernels import (
+    blocks_of,
+    compute_dtype,
+    dense,
+    differentiate,
+    multiply_add,
+    scaled_difference,
+    strided_like,
+)
+
+__all__ = ["GroupNorm", "LayerNorm", "group_norm_plain", "layer_norm_plain"]
+
+
+class GroupNorm(torch.autograd.Function):
+    """Normalise each group of channels of each sample; groups of one are instance normalisation.
+
+    Returns the output, and outside the graph the mean and biased variance of each group, (N, G).
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = dense(input.to(compute_dtype(input)))
+        y = torch.empty_like(x)
+        rows, inner = _rows(x)
+        n = x.numel() // (x.size(0) * groups)
+        blocks = blocks_of(rows, _rows(y)[0])
+        scratch = torch.empty_like(blocks[0][0]) if inner else None
+        saved: list[list[Tensor]] = [[], [], [], [], []]
+        for block, out in blocks:
+            pivot = _share(_sum(block, inner), groups, n)
+            t = torch.sub(block, _column(pivot, inner), out=out)
+            rest = _share(_sum(t, inner), groups, n)
+            if scratch is None:
+                squares = torch.linalg.vector_norm(t, dim=2).square_()
+            else:
+                squares = torch.mul(t, t, out=scratch[: len(t)]).sum(1)
+            var = _share(squares, groups, n).addcmul_(rest, rest, value=-1).clamp_(min=0)
+            invstd = (var if eps else var.masked_fill(var == 0, math.inf)).add(eps).rsqrt_()
+            scale = invstd if weight is None else invstd * weight
+            shift = (rest * scale).neg_() if bias is None else torch.addcmul(bias, rest, scale, value=-1)
+            multiply_add(t, _column(scale, inner), _column(shift, inner), out, inner)
+            for values, value in zip(saved, (pivot, rest, var, invstd, scale), strict=True):
+                values.append(value)
+        pivot, rest, var, invstd, scale = (v[0] if len(v) == 1 else torch.cat(v) for v in saved)
+        ctx.save_for_backward(input, weight, bias, pivot, rest, invstd, scale)
+        ctx.eps, ctx.groups = eps, groups
+        first = slice(None, None, x.size(1) // groups)
+        mean, var = (pivot + rest)[:, first], var[:, first]
+        ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
+        return y.to(input.dtype), mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (grad, *_), (input, weight, bias, *saved) = grads, ctx.saved_tensors
+        if grad is None:
+            return None, None, None, None, None
+        groups = ctx.groups
+        if torch.is_grad_enabled():  # differentiated again
+            found = differentiate(group_norm_plain, (input, weight, bias), (ctx.eps, groups), grad)
+            return *found, None, None
+        x = dense(input.to(compute_dtype(input)))
+        g = strided_like(grad.to(x.dtype), x)
+        dx = torch.empty_like(x)
+        rows, inner = _rows(x)
+        n = x.numel() // (x.size(0) * groups)
+        blocks = blocks_of(rows, _rows(g)[0], _rows(dx)[0])
+        scratch = torch.empty_like(blocks[0][0])
+        d_weight, d_bias, start = torch.zeros_like(saved[0][0]), torch.zeros_like(saved[0][0]), 0
+        for block, g_block, out in blocks:
+            pivot, rest, invstd, scale = (value[start : start + len(block)] for value in saved)
+            start += len(block)
+            column = _column(pivot, inner).expand_as(block)
+            t = scaled_difference(g_block, block, column, 0, grad_input=scratch[: len(block)])
+            sums = _sum(g_block, inner)
+            products = _sum(t, inner).mul_(0.5).addcmul_(rest, sums, value=-1).mul_(invstd)
+            d_bias += sums.sum(0)
+            d_weight += products.sum(0)
+            # As for batch normalisation, the means of g and of g * xhat taken over the group, with weight.
+            slope = (
+                _share(products if weight is None else products * weight, groups, -n)
+                .mul_(invstd)
+                .mul_(invstd)
+            )
+            shift = _share(sums if weight is None else sums * weight, groups, -n).mul_(invstd)
+            shift.addcmul_(slope, pivot + rest, value=-1)
+            multiply_add(block, _column(slope, inner), _column(shift, inner), out, inner)
+            torch.addcmul(out, g_block, _column(scale, inner), out=out)
+        return (
+            dx.to(input.dtype) if ctx.needs_input_grad[0] else None,
+            d_weight if ctx.needs_input_grad[1] else None,
+            d_bias if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+def _rows(x: Tensor) -> tuple[Tensor, bool]:
+    """View a dense input as (N, L, C) if its channels are innermost, else as (N, C, L), and tell which."""
+    if x.dim() == 2 or x.is_contiguous():
+        return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), False
+    return x.movedim(1, -1).flatten(1, -2), True
+
+
+def _sum(block: Tensor, inner: bool) -> Tensor:
+    return block.sum(1 if inner else 2)
+
+
+def _column(values: Tensor, inner: bool) -> Tensor:
+    return values[:, None] if inner else values[:, :, None]
+
+
+def _share(values: Tensor, groups: int, n: int) -> Tensor:
+    """Add up over each group and divide by ``n``; every channel of it gets the result."""
+    if groups == values.size(1):
+        return values.div_(n)
+    grouped = values.unflatten(1, (groups, -1))
+    return grouped.sum(2, keepdim=True).div_(n).expand_as(grouped).flatten(1)
+
+
+def group_norm_plain(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute as :class:`GroupNorm` does, op by op, for compilers and further differentiation."""
+    x = input.to(compute_dtype(input))
+    grouped = x.unflatten(1, (groups, -1))
+    centred, mean, var = centre(grouped, list(range(2, grouped.dim())))
+    # 0 / 0 is NaN; through infinity it is 0, and so are its gradients.
+    divisor = var + eps if eps else var.masked_fill(var == 0, math.inf)
+    y = (centred / divisor.sqrt()).flatten(1, 2)
+    shape = [-1] + [1] * (x.dim() - 2)
+    y = y if weight is None else y * weight.reshape(shape)
+    return y if bias is None else y + bias.reshape(shape), mean.flatten(1), var.flatten(1)
+
+
+class LayerNorm(torch.autograd.Function):
+    """Normalise over the last dimensions, as many as ``weight`` and ``bias`` have, given as ``shape``."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shape: Sequence[int]
+    ) -> Tensor:
+        x = input.to(compute_dtype(input)).contiguous()
+        y = torch.empty_like(x)
+        n = math.prod(shape)
+        blocks = blocks_of(x.view(-1, n), y.view(-1, n))
+        gamma, beta = (None if p is None else p.reshape(n) for p in (weight, bias))
+        means, invstds = [], []
+        for block, out in blocks:
+            mean = block.sum(1, keepdim=True).div_(n)
+            t = torch.sub(block, mean, out=out)
+            rest = t.sum(1, keepdim=True).div_(n)
+            var = torch.linalg.vector_norm(t, dim=1, keepdim=True).square_().div_(n)
+            invstd = var.addcmul_(rest, rest, value=-1).clamp_(min=0).add_(eps).rsqrt_()
+            t.sub_(rest).mul_(invstd)
+            if gamma is not None and beta is not None:
+                torch.addcmul(beta, t, gamma, out=out)
+            elif gamma is not None:
+                t.mul_(gamma)
+            means.append(mean.add_(rest))
+            invstds.append(invstd)
+        ctx.save_for_backward(input, weight, bias, torch.cat(means), torch.cat(invstds))
+        ctx.eps, ctx.shape = eps, shape
+        return y.to(input.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        input, weight, bias, means, invstds = ctx.saved_tensors
+        if torch.is_grad_enabled():  # differentiated again
+            found = differentiate(layer_norm_plain, (input, weight, bias), (ctx.eps, ctx.shape), grad)
+            return *found, None, None
+        n = math.prod(ctx.shape)
+        x = input.to(compute_dtype(input)).contiguous()
+        g = grad.to(x.dtype).contiguous()
+        dx = torch.empty_like(x)
+        blocks = blocks_of(x.view(-1, n), g.view(-1, n), dx.view(-1, n))
+        normal, product = torch.empty_like(blocks[0][0]), torch.empty_like(blocks[0][0])
+        gamma = None if weight is None else weight.reshape(n)
+        d_weight, d_bias, start = x.new_zeros(n), x.new_zeros(n), 0
+        for block, g_block, out in blocks:
+            mean, invstd = (value[start : start + len(block)] for value in (means, invstds))
+            start += len(block)
+            xhat = torch.sub(block, mean, out=normal[: len(block)]).mul_(invstd)
+            p = product[: len(block)]
+            if weight is not None:
+                d_weight += torch.mul(g_block, xhat, out=p).sum(0)
+                d_bias += g_block.sum(0)
+                g_block = torch.mul(g_block, gamma, out=out)
+            products = torch.mul(g_block, xhat, out=p).sum(1, keepdim=True).div_(-n)
+            sums = g_block.sum(1, keepdim=True).div_(n)
+            torch.addcmul(g_block, xhat, products, out=out).sub_(sums).mul_(invstd)
+        return (
+            dx.to(input.dtype) if ctx.needs_input_grad[0] else None,
+            d_weight.reshape(ctx.shape) if ctx.needs_input_grad[1] else None,
+            d_bias.reshape(ctx.shape) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+
+def layer_norm_plain(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shape: Sequence[int]
+) -> tuple[Tensor]:
+    """Compute as :class:`LayerNorm` does, op by op, for compilers and further differentiation."""
+    x = input.to(compute_dtype(input))
+    centred, _, var = centre(x, list(range(-len(shape), 0)))
+    y = centred / (var + eps).sqrt()
+    y = y if weight is None else y * weight
+    return (y if bias is None else y + bias,)
+
+
+def centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Subtract the mean over ``dims``, in two steps as batch_norm_plain; also give it and the biased variance."""
+    shift = x.detach().mean(dims, keepdim=True)
+    centred = x - shift
+    rest = centred.mean(dims, keepdim=True)
+    centred = centred - rest
+    mean = torch.where(shift.isinf(), shift, shift + rest)  # infinity minus itself is NaN: no correction
+    return centred, mean, centred.square().mean(dims, keepdim=True)
