@@ -558,8 +558,10 @@ def test_errors(
         assert_same(got_message, message, 1e-6)
     elif got is ValueError:
         assert got_message == message
-    else:  # RuntimeError, where the own message says more
-        assert got_message
+    elif not (name == "GroupNorm" and shape in ((2, 6), (2, 8, 3))):
+        assert got_message.split()[:3] == message.split()[:3]  # the own message goes on to say more
+    else:
+        assert got_message.startswith("weight should contain")
     for key, value in theirs.state_dict().items():
         if value is not None:
             assert torch.equal(mine.state_dict()[key], value), key
