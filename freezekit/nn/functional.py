@@ -212,8 +212,10 @@ def update_running_stats(
         )
     if n == 0:
         return
+    # Detached, for no_grad does not keep a forward-mode tangent out of the statistics.
+    moments = ((running_mean, mean.detach(), 1.0), (running_var, var.detach(), n / (n - 1)))
     with torch.no_grad():
-        for running, batch, unbias in ((running_mean, mean, 1.0), (running_var, var, n / (n - 1))):
+        for running, batch, unbias in moments:
             if isinstance(factor, float) and running.dtype == batch.dtype:
                 running.mul_(1 - factor).add_(batch, alpha=factor * unbias)
             else:
@@ -248,7 +250,7 @@ def _scale(
 
 
 def _as_input(output: Tensor, input: Tensor) -> Tensor:
-    """Give the output the dtype and memory format of the input: any strides but channels-last are contiguous."""
+    """Give the output the dtype of the input, and its memory format: channels-last or else contiguous."""
     output = output.to(input.dtype)
     if not is_channels_last(input):
         return output.contiguous()

@@ -25,6 +25,7 @@ __all__ = [
     "differentiate",
     "is_channels_last",
     "is_plain_eager",
+    "mean_of",
     "multiply_add",
     "scaled_difference",
     "strided_like",
@@ -132,6 +133,11 @@ def differentiate(
     return [next(found) if t is not None and t.requires_grad else None for t in operands]
 
 
+def mean_of(pivot: Tensor, rest: Tensor) -> Tensor:
+    """Return ``pivot + rest``; what is infinite needs no correction, which would be infinity minus itself."""
+    return torch.where(pivot.isinf(), pivot, pivot + rest)
+
+
 def batch_norm_plain(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +154,7 @@ def batch_norm_plain(
     var = centred.square().mean(dims)
     scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
     y = centred * scale.reshape(shape)
-    return y if bias is None else y + bias.reshape(shape), (shift + rest).flatten(), var
+    return y if bias is None else y + bias.reshape(shape), mean_of(shift, rest).flatten(), var
 
 
 class BatchNormCompiled(torch.autograd.Function):
@@ -261,7 +267,7 @@ def _batch_norm_forward(
         scale, shift = scale[:, None], shift[:, None]
     for block, out in reversed(blocks):  # the last ones are still in the cache
         multiply_add(torch.sub(block, column, out=out), scale, shift, out, inner)
-    return y, pivot + rest, var, pivot, rest, invstd, scale.flatten()
+    return y, mean_of(pivot, rest), var, pivot, rest, invstd, scale.flatten()
 
 
 def _batch_norm_backward(
@@ -309,7 +315,7 @@ def _small_batch_norm_forward(
     invstd = (var + eps).rsqrt_()
     scale = (invstd if weight is None else invstd * weight).view(shape)
     y = t * scale if bias is None else torch.addcmul(bias.view(shape), t, scale)
-    return y, mean.add_(first), var, t, invstd, scale
+    return y, mean_of(first, mean), var, t, invstd, scale
 
 
 def _small_batch_norm_backward(

@@ -92,8 +92,7 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
         if self.training and mean is not None and var is not None and input.numel() > 0:
             # torch has no cumulative average here: without a momentum the statistics stay.
             factor = 0.0 if self.momentum is None else self.momentum
-            # Detached, for no_grad does not keep a forward-mode tangent out of the statistics.
-            moments = instance_mean.detach().mean(0), instance_var.detach().mean(0)
+            moments = instance_mean.mean(0), instance_var.mean(0)
             functional.update_running_stats(mean, var, *moments, math.prod(input.shape[2:]), factor)
         return output
 

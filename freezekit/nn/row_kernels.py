@@ -18,6 +18,7 @@ from freezekit.nn.kernels import (
     compute_dtype,
     dense,
     differentiate,
+    mean_of,
     multiply_add,
     scaled_difference,
     strided_like,
@@ -52,7 +53,7 @@ class GroupNorm(torch.autograd.Function):
             else:
                 squares = torch.mul(t, t, out=scratch[: len(t)]).sum(1)
             var = _share(squares, groups, n).addcmul_(rest, rest, value=-1).clamp_(min=0)
-            invstd = (var if eps else var.masked_fill(var == 0, math.inf)).add(eps).rsqrt_()
+            invstd = _divisor(var, eps, groups == x.size(1)).rsqrt()
             scale = invstd if weight is None else invstd * weight
             shift = (rest * scale).neg_() if bias is None else torch.addcmul(bias, rest, scale, value=-1)
             multiply_add(t, _column(scale, inner), _column(shift, inner), out, inner)
@@ -62,7 +63,7 @@ class GroupNorm(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, pivot, rest, invstd, scale)
         ctx.eps, ctx.groups = eps, groups
         first = slice(None, None, x.size(1) // groups)
-        mean, var = (pivot + rest)[:, first], var[:, first]
+        mean, var = mean_of(pivot, rest)[:, first], var[:, first]
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return y.to(input.dtype), mean, var
@@ -100,8 +101,9 @@ class GroupNorm(torch.autograd.Function):
                 .mul_(invstd)
             )
             shift = _share(sums if weight is None else sums * weight, groups, -n).mul_(invstd)
-            shift.addcmul_(slope, pivot + rest, value=-1)
-            multiply_add(block, _column(slope, inner), _column(shift, inner), out, inner)
+            shift.addcmul_(slope, rest, value=-1)
+            torch.sub(block, column, out=out)  # where the mean is large, slope * x would be all rounding
+            multiply_add(out, _column(slope, inner), _column(shift, inner), out, inner)
             torch.addcmul(out, g_block, _column(scale, inner), out=out)
         return (
             dx.to(input.dtype) if ctx.needs_input_grad[0] else None,
@@ -124,15 +126,21 @@ def _sum(block: Tensor, inner: bool) -> Tensor:
 
 
 def _column(values: Tensor, inner: bool) -> Tensor:
-    return values[:, None] if inner else values[:, :, None]
+    return values.unsqueeze(1) if inner else values.unsqueeze(2)
 
 
 def _share(values: Tensor, groups: int, n: int) -> Tensor:
     """Add up over each group and divide by ``n``; every channel of it gets the result."""
     if groups == values.size(1):
         return values.div_(n)
-    grouped = values.unflatten(1, (groups, -1))
-    return grouped.sum(2, keepdim=True).div_(n).expand_as(grouped).flatten(1)
+    grouped: Tensor = values.unflatten(1, (groups, -1))
+    shared: Tensor = grouped.sum(2, keepdim=True).div_(n).expand_as(grouped).flatten(1)
+    return shared
+
+
+def _divisor(var: Tensor, eps: float, instance: bool) -> Tensor:
+    """Return what the square root is taken of; instance norm of a constant gives 0, as torch's, not 0 / 0."""
+    return var.masked_fill(var == 0, math.inf) if instance and eps == 0 else var + eps
 
 
 def group_norm_plain(
@@ -142,9 +150,7 @@ def group_norm_plain(
     x = input.to(compute_dtype(input))
     grouped = x.unflatten(1, (groups, -1))
     centred, mean, var = centre(grouped, list(range(2, grouped.dim())))
-    # 0 / 0 is NaN; through infinity it is 0, and so are its gradients.
-    divisor = var + eps if eps else var.masked_fill(var == 0, math.inf)
-    y = (centred / divisor.sqrt()).flatten(1, 2)
+    y = (centred / _divisor(var, eps, groups == x.size(1)).sqrt()).flatten(1, 2)
     shape = [-1] + [1] * (x.dim() - 2)
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape), mean.flatten(1), var.flatten(1)
@@ -199,7 +205,7 @@ class LayerNorm(torch.autograd.Function):
             start += len(block)
             xhat = torch.sub(block, mean, out=normal[: len(block)]).mul_(invstd)
             p = product[: len(block)]
-            if weight is not None:
+            if gamma is not None:
                 d_weight += torch.mul(g_block, xhat, out=p).sum(0)
                 d_bias += g_block.sum(0)
                 g_block = torch.mul(g_block, gamma, out=out)
@@ -227,10 +233,9 @@ def layer_norm_plain(
 
 
 def centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over ``dims``, in two steps as batch_norm_plain; also give it and the biased variance."""
+    """Subtract the mean over ``dims``, in two steps as batch_norm_plain; give it and the variance too."""
     shift = x.detach().mean(dims, keepdim=True)
     centred = x - shift
     rest = centred.mean(dims, keepdim=True)
     centred = centred - rest
-    mean = torch.where(shift.isinf(), shift, shift + rest)  # infinity minus itself is NaN: no correction
-    return centred, mean, centred.square().mean(dims, keepdim=True)
+    return centred, mean_of(shift, rest), centred.square().mean(dims, keepdim=True)

@@ -88,12 +88,7 @@ def test_second_derivatives_equal_torchs(case: Case, training: bool, device: str
 
 @every_case
 @every_mode
-def test_forward_mode(case: Case, training: bool, request: pytest.FixtureRequest) -> None:
-    if "BatchNorm" in case.name and case.tracks and training:
-        reason = (
-            "own BatchNorm: the input's tangent enters running_mean; no_grad does not stop it, detach() does"
-        )
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_forward_mode(case: Case, training: bool) -> None:
     x, tangent = case.data(torch.float64), case.data(torch.float64)
     seen = []
     for layer in case.pair(dtype=torch.float64):
@@ -279,10 +274,7 @@ def test_jit_trace(case: Case, training: bool) -> None:
 
 
 @every_case
-def test_symbolic_trace(case: Case, request: pytest.FixtureRequest) -> None:
-    if "BatchNorm" in case.name:
-        reason = "own BatchNorm: forward branches on the proxy; not yet behind a torch.fx.wrap'ped function"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_symbolic_trace(case: Case) -> None:
     mine, theirs = case.pair(dtype=torch.float64)
     graph = torch.fx.symbolic_trace(model_of(mine))
     expected = torch.fx.symbolic_trace(model_of(theirs))

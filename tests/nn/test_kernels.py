@@ -1,0 +1,79 @@
+"""The eager kernels walk the input in blocks: here the blocks are tiny, so that there are many."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import CASES, Case, assert_same, run
+from torch import Tensor, nn
+
+import freezekit.nn as own
+from freezekit.nn import kernels
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("block", [1, 24, 70, 10**6])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_block_by_block_as_torch(
+    case: Case, layout: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "_BLOCK", block)
+    mine, theirs = case.pair(dtype=torch.float64)
+    x = LAYOUTS[layout](case.data(torch.float64, batch=7))
+    grad = LAYOUTS[layout](torch.randn(x.shape, dtype=torch.float64))
+    assert_same(run(mine, x, grad), run(theirs, x, grad), 1e-9)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(64, 6, 40, 40), (2, 3, 70, 70), (3000, 40), (16, 512, 9)])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_large_inputs_keep_the_variance(
+    shape: tuple[int, ...], layout: str, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_BLOCK", 20_000)
+    # Samples far from each other: the pivot, taken from the first of them, is then far from the mean.
+    x = torch.randn(shape) * 1e-2 + offset
+    x[0] += 1.0 if offset else 0.0
+    x = LAYOUTS[layout](x)
+    layer = {2: own.BatchNorm1d, 3: own.BatchNorm1d, 4: own.BatchNorm2d}[x.dim()](shape[1], momentum=1.0)
+    y = layer(x)
+    truth = x.double()
+    dims = [0, *range(2, x.dim())]
+    var, mean = torch.var_mean(truth, dims, correction=1)
+    torch.testing.assert_close(layer.running_var.double(), var, rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-7, atol=1e-8)
+    expected = nn.functional.batch_norm(truth, None, None, training=True)
+    assert (y.double() - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "input"])
+def test_only_what_is_asked_for_gets_a_gradient(name: str) -> None:
+    for shape in ((8, 4), (8, 4, 60, 60)):
+        layer = own.BatchNorm1d(4) if len(shape) == 2 else own.BatchNorm2d(4)
+        twin = nn.BatchNorm1d(4) if len(shape) == 2 else nn.BatchNorm2d(4)
+        x, grad = torch.randn(shape), torch.randn(shape)
+        found: list[Tensor | None] = []
+        for module in (layer, twin):
+            module.requires_grad_(False)
+            leaf = x.clone() if name == "input" else getattr(module, name)
+            leaf.requires_grad_()
+            module(leaf if name == "input" else x).backward(grad)
+            found.append(leaf.grad)
+            assert [p.grad is None for p in module.parameters()].count(False) == (name != "input")
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_but_the_input_is_kept() -> None:
+    x = torch.randn(8, 4, 60, 60, requires_grad=True)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        own.BatchNorm2d(4)(x)
+    large = [t for t in kept if t.numel() > 100]
+    assert [t.data_ptr() for t in large] == [x.data_ptr()]
