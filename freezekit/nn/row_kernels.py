@@ -45,7 +45,8 @@ class GroupNorm(torch.autograd.Function):
         scratch = torch.empty_like(blocks[0][0]) if inner else None
         saved: list[list[Tensor]] = [[], [], [], [], []]
         for block, out in blocks:
-            pivot = _share(_sum(block, inner), groups, n)
+            sample = _sample(block, 1 if inner else 2)
+            pivot = _share(_sum(sample, inner), groups, n * sample.numel() // block.numel())
             t = torch.sub(block, _column(pivot, inner), out=out)
             rest = _share(_sum(t, inner), groups, n)
             if scratch is None:
@@ -88,22 +89,18 @@ class GroupNorm(torch.autograd.Function):
         for block, g_block, out in blocks:
             pivot, rest, invstd, scale = (value[start : start + len(block)] for value in saved)
             start += len(block)
-            column = _column(pivot, inner).expand_as(block)
-            t = scaled_difference(g_block, block, column, 0, grad_input=scratch[: len(block)])
+            t = torch.sub(block, _column(pivot, inner), out=out)
             sums = _sum(g_block, inner)
-            products = _sum(t, inner).mul_(0.5).addcmul_(rest, sums, value=-1).mul_(invstd)
+            products = _sum(torch.mul(t, g_block, out=scratch[: len(block)]), inner)
+            products.addcmul_(rest, sums, value=-1).mul_(invstd)
             d_bias += sums.sum(0)
             d_weight += products.sum(0)
-            # As for batch normalisation, the means of g and of g * xhat taken over the group, with weight.
-            slope = (
-                _share(products if weight is None else products * weight, groups, -n)
-                .mul_(invstd)
-                .mul_(invstd)
-            )
+            # dx = scale * g - invstd * (E[g * weight] + xhat * E[g * weight * xhat]), means over the group
+            slope = _share(products if weight is None else products * weight, groups, -n)
+            slope.mul_(invstd).mul_(invstd)
             shift = _share(sums if weight is None else sums * weight, groups, -n).mul_(invstd)
             shift.addcmul_(slope, rest, value=-1)
-            torch.sub(block, column, out=out)  # where the mean is large, slope * x would be all rounding
-            multiply_add(out, _column(slope, inner), _column(shift, inner), out, inner)
+            multiply_add(t, _column(slope, inner), _column(shift, inner), out, inner)
             torch.addcmul(out, g_block, _column(scale, inner), out=out)
         return (
             dx.to(input.dtype) if ctx.needs_input_grad[0] else None,
@@ -119,6 +116,11 @@ def _rows(x: Tensor) -> tuple[Tensor, bool]:
     if x.dim() == 2 or x.is_contiguous():
         return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2), False
     return x.movedim(1, -1).flatten(1, -2), True
+
+
+def _sample(block: Tensor, dim: int) -> Tensor:
+    """Return a sixteenth of the block along ``dim``, for a pivot: see batch normalisation's forward."""
+    return block.narrow(dim, 0, min(block.size(dim), max(16, block.size(dim) // 16)))
 
 
 def _sum(block: Tensor, inner: bool) -> Tensor:
@@ -167,20 +169,21 @@ class LayerNorm(torch.autograd.Function):
         y = torch.empty_like(x)
         n = math.prod(shape)
         blocks = blocks_of(x.view(-1, n), y.view(-1, n))
-        gamma, beta = (None if p is None else p.reshape(n) for p in (weight, bias))
+        half_gamma = None if weight is None else weight.reshape(n) / 2
+        beta = None if bias is None else bias.reshape(n)
         means, invstds = [], []
         for block, out in blocks:
-            mean = block.sum(1, keepdim=True).div_(n)
-            t = torch.sub(block, mean, out=out)
+            pivot = _sample(block, 1).mean(1, keepdim=True)
+            t = torch.sub(block, pivot, out=out)
             rest = t.sum(1, keepdim=True).div_(n)
             var = torch.linalg.vector_norm(t, dim=1, keepdim=True).square_().div_(n)
             invstd = var.addcmul_(rest, rest, value=-1).clamp_(min=0).add_(eps).rsqrt_()
-            t.sub_(rest).mul_(invstd)
-            if gamma is not None and beta is not None:
-                torch.addcmul(beta, t, gamma, out=out)
-            elif gamma is not None:
-                t.mul_(gamma)
-            means.append(mean.add_(rest))
+            if half_gamma is None:
+                t.sub_(rest).mul_(invstd)
+            else:
+                scaled_difference(half_gamma.expand_as(t), t, rest.expand_as(t), 0, grad_input=t)
+                t.mul_(invstd) if beta is None else torch.addcmul(beta, t, invstd, out=t)
+            means.append(mean_of(pivot, rest))
             invstds.append(invstd)
         ctx.save_for_backward(input, weight, bias, torch.cat(means), torch.cat(invstds))
         ctx.eps, ctx.shape = eps, shape
