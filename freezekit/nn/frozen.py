@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from freezekit.nn import batchnorm as own
 from freezekit.nn import functional as own_functional
 from freezekit.nn.held import Held, held_class
+from freezekit.nn.kernels import compute_dtype
 
 __all__ = [
     "FrozenBatchNorm1d",
@@ -48,11 +49,12 @@ class _Inference(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         var, weight = ctx.saved_tensors
-        scale = torch.rsqrt(var + ctx.eps)
+        # In float32 to the last rounding, as torch's own backward.
+        scale = torch.rsqrt(var.to(compute_dtype(grad)) + ctx.eps)
         if weight is not None:
             scale = scale * weight
         shape = [1, -1] + [1] * (grad.dim() - 2)
-        return grad * scale.reshape(shape).to(grad.dtype), None, None, None, None, None
+        return (grad * scale.reshape(shape)).to(grad.dtype), None, None, None, None, None
 
 
 @torch.fx.wrap  # a traced graph has one node for the layer, as it has for torch's

@@ -175,7 +175,18 @@ def batch_norm_eval(
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     check_operands(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     centred = input.to(compute_dtype(input)) - _per_channel(running_mean, input)
-    return _scale(input, centred, running_var, weight, bias, eps)
+    deviation = (_per_channel(running_var, input) + eps).sqrt()
+    # Divided, not multiplied by rsqrt: a division is correctly rounded on every device.
+    scale = deviation.reciprocal() if weight is None else _per_channel(weight, input) / deviation
+    shift = None if bias is None else _per_channel(bias, input)
+    if is_plain_eager(input) and not scale.requires_grad:
+        # The same bits as below in less memory; where the scale trains, its gradient needs `centred`.
+        output = centred.mul_(scale)
+        output = output if shift is None else output.add_(shift)
+    else:
+        output = centred * scale
+        output = output if shift is None else output + shift
+    return _as_input(output, input)
 
 
 def update_running_stats(
@@ -236,17 +247,6 @@ def _check_dtypes(input: Tensor, **operands: Tensor | None) -> None:
 
 def _per_channel(values: Tensor, input: Tensor) -> Tensor:
     return values.to(compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
-
-
-def _scale(
-    input: Tensor, centred: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    deviation = (_per_channel(var, input) + eps).sqrt()
-    # Divided, not multiplied by rsqrt: a division is correctly rounded on every device.
-    output = centred * (deviation.reciprocal() if weight is None else _per_channel(weight, input) / deviation)
-    if bias is not None:
-        output = output + _per_channel(bias, input)
-    return _as_input(output, input)
 
 
 def _as_input(output: Tensor, input: Tensor) -> Tensor:
