@@ -36,12 +36,12 @@ def files(folder: str) -> list[Path]:
 def test_public_names() -> None:
     assert freezekit.__all__ == [
         "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning", "Finding", "Freeze",
-        "FreezekitError", "Selection", "SelectionError", "audit_checkpoint", "find_backbone", "freeze",
-        "freeze_backbone", "is_frozen", "nn", "trainable_parameters", "unfreeze",
+        "FreezekitError", "Selection", "SelectionError", "audit_checkpoint", "convert_batchnorm",
+        "find_backbone", "freeze", "freeze_backbone", "is_frozen", "nn", "trainable_parameters", "unfreeze",
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
-        "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm1d", "FrozenBatchNorm2d",
-        "FrozenBatchNorm3d", "FrozenSyncBatchNorm",
+        "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenAffine", "FrozenBatchNorm1d",
+        "FrozenBatchNorm2d", "FrozenBatchNorm3d", "FrozenSyncBatchNorm",
     ]  # fmt: skip
     for name in freezekit.__all__:
         assert getattr(freezekit, name).__doc__, name

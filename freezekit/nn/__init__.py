@@ -1,5 +1,6 @@
 """freezekit's own layers, under torch.nn's names."""
 
+from freezekit.nn.affine import FrozenAffine
 from freezekit.nn.batchnorm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from freezekit.nn.frozen import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d, FrozenSyncBatchNorm
 
@@ -7,6 +8,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenAffine",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
