@@ -192,7 +192,8 @@ class _Evidence:
         seeing += [m._backward_hooks or m._backward_pre_hooks for m in entering]
         if any(seeing):
             return f"a hook between {layer_name} and it would see other values"
-        return layer
+        found: nn.Module = layer
+        return found
 
 
 def _path(name: str) -> list[str]:

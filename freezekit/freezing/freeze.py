@@ -155,11 +155,10 @@ def freeze_backbone(
         backbone: what is to freeze, likewise; by default everything but the head.
         bn: ``"freeze"``, or ``"freeze_stats"`` to let gamma and beta of the BN layers train.
         convert: what computes the frozen BN layers. ``None``: what torch's eval mode runs, bit-identical to
-            it. ``"affine"``: one scale and one shift, faster and within rounding
-            (:class:`freezekit.nn.FrozenAffine` has the tolerance). ``"fold"``: nothing at all, where the scale
-            can be folded into the convolution or linear layer before; affine elsewhere, and ``.unfolded`` says
-            why. The layer before then gives what BN gives, also to someone who calls it outside the model's
-            forward.
+            it. ``"affine"``: one scale and one shift, faster, and within rounding
+            (:class:`freezekit.nn.FrozenAffine` has the tolerance). ``"fold"``: nothing at all, where the
+            scale can go into the convolution or linear layer before; elsewhere affine, and ``.unfolded``
+            says why. That layer then gives what BN gives, also to someone who calls it by itself.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -334,7 +333,7 @@ def _freeze(
         if (name in chosen or id(owner) in held) and not (id(owner) in train and own in owner._parameters)
     }
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
-    handle = Freeze(model, secrets.token_hex(8), selection, plan and plan.kept)
+    handle = Freeze(model, secrets.token_hex(8), selection, None if plan is None else plan.kept)
     try:
         for owner, own in frozen:
             holding.note_tensor(owner, own, handle._holder)

@@ -205,7 +205,7 @@ def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: boo
 
 def _unfold(module: nn.Module) -> None:
     """End the pair of a BN that is released; a layer's only if its BN is gone."""
-    pair: Pair | None = module.__dict__.get(PAIR)
+    pair = module.__dict__.get(PAIR)
     if pair is None:
         return
     layer = pair.layer

@@ -1,9 +1,9 @@
 """Frozen batch normalisation folded, while running, into the convolution or linear layer before it.
 
-Two classes work together: the convolution's computes with scaled weights and the BN's passes on what it is
-given. Neither holds the other. Both hold one :class:`Pair`, which knows them only weakly and is empty when it
-is copied or unpickled, until each of its copied owners has entered itself: the copy of a whole model is folded
-as the model is, while a convolution or a BN copied alone is found without its partner and computes in full.
+Two classes work together: the convolution's computes with scaled weights, the BN's passes on what it is
+given. Neither holds the other. Both hold one :class:`Pair`, which knows them only weakly, and whose copy is
+empty until each of its copied owners has entered itself: the copy of a whole model is folded as the model is,
+while a convolution or a BN copied alone is found without its partner and computes what it would alone.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Pair:
         return None if self._norm is None else self._norm()
 
     def enter(self, module: nn.Module) -> None:
-        """Make the module, which has this pair, its layer or its norm, if it has none (for a shallow copy)."""
+        """Make the module, which has this pair, its layer or norm; a shallow copy comes too late."""
         if isinstance(module, FrozenAffine):
             if self.norm is None:
                 self._norm = weakref.ref(module)
@@ -120,7 +120,8 @@ class _Folded(_Paired):
         pair = pair_of(self)
         if pair is None or not pair.folds(input.dim()):
             return self.weight, self.bias
-        norm, weight, bias = pair.norm, self.weight, self.bias
+        norm: Any = pair.norm
+        weight, bias = self.weight, self.bias
         mean, var = norm._statistics()
         gamma, beta, eps = norm.weight, norm.bias, norm.eps
 

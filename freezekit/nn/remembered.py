@@ -19,10 +19,10 @@ _Source: TypeAlias = "tuple[Tensor, int, int, Tensor | None, bool, Tensor]"
 """A tensor, its version and address; what to compare it with, and if that is all of it; and an alias, which
 keeps the memory, so that no other tensor can come to lie at that address meanwhile."""
 
+_Known: TypeAlias = "tuple[float, list[_Source | None], tuple[Tensor, ...]]"
+
 # Beside the modules and not in them, so that neither a copy nor a pickle nor a state_dict takes it along.
-_formed: WeakKeyDictionary[nn.Module, tuple[float, list[_Source | None], tuple[Tensor, ...]]] = (
-    WeakKeyDictionary()
-)
+_formed: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 def remembered(
@@ -79,7 +79,7 @@ def remembered(
 def _unchanged(known: list[_Source | None], sources: Sequence[Tensor | None]) -> bool:
     for seen, tensor in zip(known, sources, strict=True):
         if seen is None or tensor is None:
-            if seen is not tensor:
+            if seen is not None or tensor is not None:
                 return False
             continue
         was, version, pointer, sample, whole, _ = seen
