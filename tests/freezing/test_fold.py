@@ -211,7 +211,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], str | None, str]] = {
     "untraceable": (lambda: Block("untraceable"), "cannot be traced", "affine"),
     "hook on conv": (lambda: hooked("conv.register_forward_hook"), "a hook between conv and it", "affine"),
     "pre-hook on bn": (lambda: hooked("bn.register_forward_pre_hook"), "a hook between conv", "affine"),
-    "bn first": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)), "does not come from", "affine"),
+    "bn first": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Tanh()), "does not come from", "affine"),
     "after a relu": (
         lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.BatchNorm2d(3)),
         "1 before it is a ReLU",
@@ -496,6 +496,7 @@ def test_a_shallow_copy_or_a_replaced_layer_is_right_too() -> None:
         for name, parameter in original.named_parameters():
             setattr(replica, name, parameter.detach().clone())
     close(model.fc, expected, replicas[1](replicas[0](X)).relu())
+    del original, replicas  # the last to hold the BN besides the model
     model.bn = nn.Identity()
     close(model.conv, conv(X), X)
 
