@@ -18,6 +18,7 @@ _HOME = {
     "Freeze": "freezekit.freezing.freeze",
     "Selection": "freezekit.freezing.selection",
     "audit_checkpoint": "freezekit.audit.files",
+    "convert_batchnorm": "freezekit.freezing.convert",
     "find_backbone": "freezekit.freezing.selection",
     "freeze": "freezekit.freezing.freeze",
     "freeze_backbone": "freezekit.freezing.freeze",
@@ -44,6 +45,7 @@ __all__ = [
     "Selection",
     "SelectionError",
     "audit_checkpoint",
+    "convert_batchnorm",
     "find_backbone",
     "freeze",
     "freeze_backbone",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.monitor import DriftAuditor
     from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
+    from freezekit.freezing.convert import convert_batchnorm
     from freezekit.freezing.freeze import (
         Freeze,
         freeze,

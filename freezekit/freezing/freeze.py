@@ -10,7 +10,8 @@ from torch import nn
 
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding
-from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared
+from freezekit.freezing.folding import describe, make_plan
+from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared, refuse_unknown
 from freezekit.freezing.selection import (
     Names,
     Selection,
@@ -39,11 +40,14 @@ class Freeze:
     (True, True)
     """
 
-    def __init__(self, model: nn.Module, holder: str, selection: Selection | None) -> None:
+    def __init__(
+        self, model: nn.Module, holder: str, selection: Selection | None, kept: dict[str, str] | None = None
+    ) -> None:
         self.model = model
         self.selection = selection
         """Which part was taken for backbone and head and why; ``None`` for :func:`freeze`."""
         self._holder = holder
+        self._kept = kept
 
     @property
     def frozen(self) -> list[str]:
@@ -59,6 +63,21 @@ class Freeze:
         """Names of the parameters of the model that still train."""
         tensors = tensors_of(self.model)
         return [name for name, _, _, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What each BN layer this freeze holds is computed by: ``"exact"``, ``"affine"`` or ``"fold"``."""
+        return {
+            name: holding.kernel_of(module)
+            for name, module in self.model.named_modules()
+            if self._holder in holding.holders_of(module) and holding.is_batchnorm(module)
+        }
+
+    @property
+    def unfolded(self) -> dict[str, str]:
+        """Why those BN layers are not computed in the way that ``convert=`` asked for, by name."""
+        kernels = self.kernels
+        return {name: why for name, why in (self._kept or {}).items() if name in kernels}
 
     def undo(self) -> None:
         """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.
@@ -110,11 +129,19 @@ class Freeze:
             )
             for row in rows
         ]
-        rule = f"\nrule: {self.selection.rule}" if self.selection else ""
-        return "\n".join(line.rstrip() for line in lines) + rule
+        lines += [f"rule: {self.selection.rule}"] if self.selection else []
+        lines += [] if self._kept is None else describe(self.kernels, self.unfolded)
+        return "\n".join(line.rstrip() for line in lines)
 
 
-def freeze_backbone(model: nn.Module, *, head: Names | None = None, backbone: Names | None = None) -> Freeze:
+def freeze_backbone(
+    model: nn.Module,
+    *,
+    head: Names | None = None,
+    backbone: Names | None = None,
+    bn: str = "freeze",
+    convert: str | None = None,
+) -> Freeze:
     """Freeze a model's backbone, so that only its head trains.
 
     Everything in the backbone keeps its value and behaves as in eval mode, whatever ``model.train()`` or an
@@ -126,6 +153,12 @@ def freeze_backbone(model: nn.Module, *, head: Names | None = None, backbone: Na
         model: the model; found out by itself for every ``torchvision.models`` classification model.
         head: what is to train, if that cannot be told: names (``"classifier.6"``), globs or modules.
         backbone: what is to freeze, likewise; by default everything but the head.
+        bn: ``"freeze"``, or ``"freeze_stats"`` to let gamma and beta of the BN layers train.
+        convert: what computes the frozen BN layers. ``None``: what torch's eval mode runs, bit-identical to
+            it. ``"affine"``: one scale and one shift, faster, and within rounding
+            (:class:`freezekit.nn.FrozenAffine` has the tolerance). ``"fold"``: nothing at all, where the
+            scale can go into the convolution or linear layer before; elsewhere affine, and ``.unfolded``
+            says why. That layer then gives what BN gives, also to someone who calls it by itself.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -151,10 +184,10 @@ def freeze_backbone(model: nn.Module, *, head: Names | None = None, backbone: Na
             got=", ".join(selection.head[:4]),
             remedy="name a smaller head",
         )
-    return _freeze(model, selection.backbone, selection)
+    return _freeze(model, selection.backbone, selection, bn, convert)
 
 
-def freeze(model: nn.Module, patterns: Names) -> Freeze:
+def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: str | None = None) -> Freeze:
     """Freeze the layers and parameters that patterns name.
 
     A layer's name stands for everything below it. A layer is held in eval mode when all of it is frozen; a
@@ -164,6 +197,8 @@ def freeze(model: nn.Module, patterns: Names) -> Freeze:
         model: the model.
         patterns: names or globs of modules and parameters (``"layer1"``, ``"layer[12].*"``, ``"*.bn?"``), or
             modules of the model. A tied parameter is frozen under all its names.
+        bn: as for :func:`freeze_backbone`.
+        convert: as for :func:`freeze_backbone`.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -179,7 +214,7 @@ def freeze(model: nn.Module, patterns: Names) -> Freeze:
     Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
     evaluation mode, which it calls orthogonal to it.
     """
-    return _freeze(model, resolve(model, patterns, "patterns"), None)
+    return _freeze(model, resolve(model, patterns, "patterns"), None, bn, convert)
 
 
 def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
@@ -270,7 +305,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None) -> Freeze:
+def _freeze(
+    model: nn.Module, names: Iterable[str], selection: Selection | None, bn: str, convert: str | None
+) -> Freeze:
+    refuse_unknown(bn, convert)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FreezekitError(
             "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
@@ -286,9 +324,16 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None)
     refuse_lone_buffers(tensors, chosen, held, complement=selection is not None)
     if selection is not None:
         refuse_shared(modules, tensors, chosen)
-    tied = {id(t) for name, owner, _, t in tensors if name in chosen or id(owner) in held}
+    norms = {name: m for name, m in model.named_modules() if id(m) in held and holding.is_batchnorm(m)}
+    plan = make_plan(model, norms, held, convert)
+    train = {id(m) for m in norms.values()} if bn == "freeze_stats" else set()
+    tied = {
+        id(t)
+        for name, owner, own, t in tensors
+        if (name in chosen or id(owner) in held) and not (id(owner) in train and own in owner._parameters)
+    }
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
-    handle = Freeze(model, secrets.token_hex(8), selection)
+    handle = Freeze(model, secrets.token_hex(8), selection, None if plan is None else plan.kept)
     try:
         for owner, own in frozen:
             holding.note_tensor(owner, own, handle._holder)
@@ -296,6 +341,8 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None)
             holding.stop_gradient(owner, own)
         for module in held.values():
             holding.hold_module(module, handle._holder)
+        if plan is not None:
+            plan.carry_out(norms)
     except BaseException:
         handle.undo()  # all or nothing
         raise

@@ -12,16 +12,24 @@ from dataclasses import dataclass, field
 
 from torch import nn
 from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.errors import FreezekitError
-from freezekit.nn.frozen import frozen_class
+from freezekit.nn.affine import FrozenAffine, affine_class
+from freezekit.nn.folded import FOLDABLE, PAIR, Pair, folded_class, pair_of
+from freezekit.nn.frozen import _FrozenBatchNorm, frozen_class
 from freezekit.nn.held import Held
 
 __all__ = [
     "check_release",
+    "fold",
     "hold_module",
     "holders_of",
+    "is_batchnorm",
     "is_held",
+    "kernel_of",
+    "live_class",
+    "make_affine",
     "note_tensor",
     "release_module",
     "release_tensor",
@@ -34,11 +42,13 @@ _KEY = "_freezekit_record"
 @dataclass
 class _Record:
     origin: type[nn.Module] | None = None
-    """The module's class before the swap; ``None`` if not held, or made as a frozen layer."""
+    """The module's class before the swap; ``None`` if neither held nor folded, or made as a frozen layer."""
     holders: set[str] = field(default_factory=set)
     tensor_holders: dict[str, set[str]] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """What each frozen parameter had, to be restored."""
+    affine: bool = False
+    """Whether a held BN is computed by scale and shift (or folded, if it has a pair)."""
 
 
 def _record(module: nn.Module) -> _Record:
@@ -47,8 +57,20 @@ def _record(module: nn.Module) -> _Record:
 
 
 def _forget_if_empty(module: nn.Module, record: _Record) -> None:
-    if not record.holders and not record.tensor_holders:
-        del module.__dict__[_KEY]
+    if not record.holders and not record.tensor_holders and record.origin is None:
+        module.__dict__.pop(_KEY, None)
+
+
+def _swapped_class(module: nn.Module, origin: type[nn.Module], record: _Record) -> type[nn.Module]:
+    """Return the class a module is to have, by what is noted about it."""
+    cls = origin
+    if record.holders and record.affine:
+        affine = affine_class(cls)
+        assert affine is not None
+        return folded_class(affine) if PAIR in module.__dict__ else affine
+    if PAIR in module.__dict__:
+        cls = folded_class(cls)
+    return frozen_class(cls) if record.holders else cls
 
 
 def is_held(module: nn.Module) -> bool:
@@ -66,20 +88,73 @@ def holders_of(module: nn.Module, tensor: str | None = None) -> set[str]:
 
 def hold_module(module: nn.Module, holder: str) -> None:
     """Keep the module in eval mode until ``holder`` releases it."""
+    record = _record(module)
     # A traced graph has its modes written into it, and fx makes a class for each instance by itself.
     if not isinstance(module, (Held, GraphModule)):
-        origin = type(module)
+        origin = record.origin or type(module)
+        record.holders.add(holder)
         try:
-            module.__class__ = frozen_class(origin)
+            module.__class__ = _swapped_class(module, origin, record)
         except TypeError as error:
+            record.holders.discard(holder)
+            _forget_if_empty(module, record)
             raise FreezekitError(
                 "the class of this module cannot be swapped in place",
                 where=origin.__qualname__,
                 got=str(error),
                 remedy="leave the module out of what is frozen",
             ) from error
-        _record(module).origin = origin
-    _record(module).holders.add(holder)
+        record.origin = origin
+    record.holders.add(holder)
+
+
+def live_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class the module has when it is neither held nor folded."""
+    record: _Record | None = module.__dict__.get(_KEY)
+    return type(module) if record is None or record.origin is None else record.origin
+
+
+def is_batchnorm(module: nn.Module) -> bool:
+    """Tell whether the module is a BN layer, live or frozen, a subclass included."""
+    return issubclass(live_class(module), (_BatchNorm, _FrozenBatchNorm))
+
+
+def make_affine(module: nn.Module) -> None:
+    """Give a held BN layer, until it is released, the kernel of scale and shift."""
+    record = _record(module)
+    assert record.origin is not None
+    record.affine = True
+    _swap(module)
+
+
+def fold(layer: nn.Module, norm: nn.Module) -> None:
+    """Fold an affine BN into the layer before it, until the BN is released."""
+    for module in (layer, norm):
+        record = _record(module)
+        record.origin = record.origin or type(module)
+    pair = Pair(FOLDABLE[live_class(layer)])
+    for module in (layer, norm):
+        module.__dict__[PAIR] = pair
+        _swap(module)
+        pair.enter(module)
+
+
+def _swap(module: nn.Module) -> None:
+    """Give the module the class that follows from what is noted about it, and forget what is over."""
+    record = _record(module)
+    if record.origin is not None:
+        cls = module.__class__ = _swapped_class(module, record.origin, record)
+        if cls is record.origin:
+            record.origin = None
+    _forget_if_empty(module, record)
+
+
+def kernel_of(module: nn.Module) -> str:
+    """Return by what a frozen BN layer is computed: ``"exact"``, ``"affine"`` or ``"fold"``."""
+    pair = pair_of(module)
+    if pair is not None and pair.layer is not None:
+        return "fold"
+    return "affine" if isinstance(module, FrozenAffine) else "exact"
 
 
 def check_release(module: nn.Module, name: str) -> None:
@@ -88,15 +163,20 @@ def check_release(module: nn.Module, name: str) -> None:
     Raises:
         FreezekitError: giving it back its old class would break it.
     """
-    record: _Record | None = module.__dict__.get(_KEY)
-    if record is None or record.origin is None or type(module) is frozen_class(record.origin):
-        return
-    raise FreezekitError(
-        "the class of this layer was changed while it was frozen, so it cannot be unfrozen",
-        where=name,
-        got=f"{type(module).__name__}, frozen as {frozen_class(record.origin).__name__}",
-        remedy="take back that change first (a parametrization, say)",
-    )
+    pair = pair_of(module)
+    partner = pair.layer if pair is not None and pair.norm is module else None
+    for changed in (module, partner):
+        record: _Record | None = None if changed is None else changed.__dict__.get(_KEY)
+        if changed is None or record is None or record.origin is None:
+            continue
+        expected = _swapped_class(changed, record.origin, record)
+        if type(changed) is not expected:
+            raise FreezekitError(
+                "the class of this layer was changed while it was frozen, so it cannot be unfrozen",
+                where=name if changed is module else f"the layer that {name} is folded into",
+                got=f"{type(changed).__name__}, frozen as {expected.__name__}",
+                remedy="take back that change first (a parametrization, say)",
+            )
 
 
 def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: bool) -> None:
@@ -111,13 +191,29 @@ def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: boo
     if record is None:
         return
     record.holders.difference_update(holders)
-    if record.origin is not None and not record.holders:
-        module.__class__ = record.origin
-        record.origin = None
+    if record.holders:
+        return
+    if record.origin is not None:
+        record.affine = False
+        _unfold(module)
+        _swap(module)
         asked = module.__dict__.pop("_asked_training", None)
         if adopt_mode and asked is not None:
             module.training = asked
     _forget_if_empty(module, record)
+
+
+def _unfold(module: nn.Module) -> None:
+    """End the pair of a BN that is released; a layer's only if its BN is gone."""
+    pair = module.__dict__.get(PAIR)
+    if pair is None:
+        return
+    layer = pair.layer
+    if pair.norm is module and layer is not None and layer.__dict__.get(PAIR) is pair:
+        del layer.__dict__[PAIR]
+        _swap(layer)
+    if pair.norm is module or pair.norm is None or layer is not module:
+        module.__dict__.pop(PAIR, None)
 
 
 def note_tensor(module: nn.Module, name: str, holder: str) -> None:

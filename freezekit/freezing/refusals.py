@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.errors import FreezekitError, SelectionError
 
-__all__ = ["refuse_impossible", "refuse_lone_buffers", "refuse_shared"]
+__all__ = ["refuse_impossible", "refuse_lone_buffers", "refuse_shared", "refuse_unknown"]
 
 
 def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module]) -> None:
@@ -92,3 +92,18 @@ def refuse_lone_buffers(
             got=repr(name),
             remedy=f"name the layer, {name.rpartition('.')[0]!r}, or both it and its parameters",
         )
+
+
+def refuse_unknown(bn: object, convert: object) -> None:
+    """Refuse what ``bn=`` and ``convert=`` do not know."""
+    for where, got, known in (
+        ("bn=", bn, ("freeze", "freeze_stats")),
+        ("convert=", convert, (None, "affine", "fold")),
+    ):
+        if got not in known:
+            raise FreezekitError(
+                "no such choice",
+                where=where,
+                got=repr(got),
+                remedy="give one of " + ", ".join(map(repr, known)),
+            )

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.nn import functional
 from freezekit.nn.bias import OptionalBias
+from freezekit.nn.checks import check_operands
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -65,7 +66,7 @@ class _OwnForward(OptionalBias, _BatchNorm):
                 f"Expected more than 1 value per channel when training, got input size {input.size()}"
             )
         if tracks:
-            functional.check_operands(input, running_mean=mean, running_var=var)
+            check_operands(input, running_mean=mean, running_var=var)
         output, batch_mean, batch_var = functional.batch_norm_train(input, self.weight, self.bias, self.eps)
         if tracks and mean is not None and var is not None:
             factor: float | Tensor | None = self.momentum

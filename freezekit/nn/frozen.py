@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from freezekit.nn import batchnorm as own
 from freezekit.nn import functional as own_functional
+from freezekit.nn.checks import check_rank
 from freezekit.nn.held import Held, held_class
 from freezekit.nn.kernels import compute_dtype
 
@@ -68,7 +69,7 @@ def _infer(
     ranks: tuple[int, ...],
     own: bool,
 ) -> Tensor:
-    own_functional.check_rank(input, ranks)
+    check_rank(input, ranks)
     if own:
         return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
     trains = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
@@ -91,14 +92,18 @@ class _FrozenBatchNorm(Held, _NormBase):
     """Whether the live layer was freezekit's own, whose eval arithmetic has other bits than torch's op."""
     _ranks: tuple[int, ...] = ()
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise by the running statistics; nothing is updated."""
+    def _statistics(self) -> tuple[Tensor, Tensor]:
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise ValueError(
                 f"{type(self).__name__} needs running statistics: without them the output depends on the "
                 "rest of the batch. Remedy: construct it with track_running_stats=True"
             )
+        return mean, var
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise by the running statistics; nothing is updated."""
+        mean, var = self._statistics()
         # Called by name and not through the class, where tracing could not replace it.
         return _infer(input, mean, var, self.weight, self.bias, self.eps, self._ranks, self._own)
 

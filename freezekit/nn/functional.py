@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from freezekit.nn.checks import check_dtypes, check_operands
 from freezekit.nn.kernels import (
     BatchNormCompiled,
     BatchNormTrain,
@@ -24,68 +25,11 @@ from freezekit.nn.row_kernels import GroupNorm, LayerNorm, group_norm_plain, lay
 __all__ = [
     "batch_norm_eval",
     "batch_norm_train",
-    "check_operands",
-    "check_rank",
     "group_norm",
     "instance_norm_train",
     "layer_norm",
     "update_running_stats",
 ]
-
-
-def check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
-    """Refuse an input of another rank than the layer takes.
-
-    Args:
-        input: the layer's input.
-        ranks: the ranks that it takes; none for any from 2 on.
-
-    Raises:
-        ValueError: the input has another rank.
-
-    >>> check_rank(torch.ones(2, 3), (4,))
-    Traceback (most recent call last):
-    ValueError: expected 4D input (got 2D input)
-
-    Source: the conditions of ``torch.nn.BatchNorm2d`` and ``torch.nn.SyncBatchNorm``.
-    """
-    if not ranks:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
-    elif input.dim() not in ranks:
-        expected = " or ".join(f"{rank}D" for rank in ranks)
-        raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
-
-
-def check_operands(input: Tensor, **operands: Tensor | None) -> None:
-    """Refuse parameters and statistics that do not fit the input, where broadcasting would hide it.
-
-    Args:
-        input: the layer's input, channels in dimension 1.
-        operands: per-channel tensors by name; ``None`` is skipped.
-
-    Shape:
-        ``input`` (N, C, *), every operand (C).
-
-    Raises:
-        NotImplementedError: the input is not floating point.
-        RuntimeError: an operand has another number of elements than the input has channels, or a dtype that
-            is neither the input's nor float32 beside a half-precision input.
-
-    >>> check_operands(torch.ones(2, 3), weight=torch.ones(4))
-    Traceback (most recent call last):
-    RuntimeError: weight should contain 3 elements not 4: the input of shape (2, 3) has 3 channels
-
-    Source: the conditions of ``torch.nn.functional.batch_norm``.
-    """
-    _check_dtypes(input, **operands)
-    channels = input.size(1)
-    for name, operand in operands.items():
-        if operand is not None and operand.numel() != channels:
-            raise RuntimeError(
-                f"{name} should contain {channels} elements not {operand.numel()}: "
-                f"the input of shape {tuple(input.shape)} has {channels} channels"
-            )
 
 
 def batch_norm_train(
@@ -131,7 +75,7 @@ def batch_norm_train(
         return output, mean, var
     plain = BatchNormCompiled.apply if torch.compiler.is_compiling() else batch_norm_plain
     output, mean, var = plain(input, weight, bias, eps)
-    return _as_input(output, input), mean, var
+    return as_input(output, input), mean, var
 
 
 def batch_norm_eval(
@@ -186,7 +130,7 @@ def batch_norm_eval(
     else:
         output = centred * scale
         output = output if shift is None else output + shift
-    return _as_input(output, input)
+    return as_input(output, input)
 
 
 def update_running_stats(
@@ -233,23 +177,11 @@ def update_running_stats(
                 running.copy_(running.to(batch.dtype) * (1 - factor) + batch * unbias * factor)
 
 
-def _check_dtypes(input: Tensor, **operands: Tensor | None) -> None:
-    if not input.is_floating_point():
-        raise NotImplementedError(
-            f"normalisation is not implemented for {input.dtype}: the input must be floating point"
-        )
-    allowed = (input.dtype, compute_dtype(input))
-    for name, operand in operands.items():
-        if operand is not None and operand.dtype not in allowed:
-            expected = " or ".join(dict.fromkeys(map(str, allowed)))
-            raise RuntimeError(f"{name} is {operand.dtype}, but a {input.dtype} input takes {expected}")
-
-
 def _per_channel(values: Tensor, input: Tensor) -> Tensor:
     return values.to(compute_dtype(input)).reshape([-1] + [1] * (input.dim() - 2))
 
 
-def _as_input(output: Tensor, input: Tensor) -> Tensor:
+def as_input(output: Tensor, input: Tensor) -> Tensor:
     """Give the output the dtype of the input, and its memory format: channels-last or else contiguous."""
     output = output.to(input.dtype)
     if not is_channels_last(input):
@@ -309,7 +241,7 @@ def group_norm(
     weight, bias = _computed(input, weight), _computed(input, bias)
     compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
     output, _, _ = compute(input, weight, bias, eps, num_groups)
-    return _as_input(output, input)
+    return as_input(output, input)
 
 
 def layer_norm(
@@ -350,7 +282,7 @@ def layer_norm(
         expected = f"expected input with shape [*, {str(shape)[1:]}"
         raise RuntimeError(f"Given normalized_shape={shape}, {expected}, but got {list(input.shape)}")
     input = _autocast(input)
-    _check_dtypes(input, weight=weight, bias=bias)
+    check_dtypes(input, weight=weight, bias=bias)
     for name, operand in (("weight", weight), ("bias", bias)):
         if operand is not None and list(operand.shape) != shape:
             got = f"got {name} of shape {list(operand.shape)} and normalized_shape = {shape}"
@@ -360,7 +292,7 @@ def layer_norm(
         output = LayerNorm.apply(input, weight, bias, eps, shape)
     else:
         (output,) = layer_norm_plain(input, weight, bias, eps, shape)
-    return _as_input(output, input)
+    return as_input(output, input)
 
 
 def instance_norm_train(
@@ -400,7 +332,7 @@ def instance_norm_train(
     weight, bias = _computed(input, weight), _computed(input, bias)
     compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
     output, mean, var = compute(input, weight, bias, eps, input.size(1))
-    return _as_input(output, input), mean, var
+    return as_input(output, input), mean, var
 
 
 def _computed(input: Tensor, parameter: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from freezekit.nn import functional
 from freezekit.nn.bias import OptionalBias
+from freezekit.nn.checks import check_operands
 
 __all__ = ["GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm"]
 
@@ -83,7 +84,7 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
             return functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
         if (mean is None) != (var is None):
             raise ValueError("running_mean and running_var must either both be None or neither be None")
-        functional.check_operands(input, running_mean=mean, running_var=var)
+        check_operands(input, running_mean=mean, running_var=var)
         output, instance_mean, instance_var = functional.instance_norm_train(
             input, self.weight, self.bias, self.eps
         )
