@@ -575,3 +575,17 @@ def test_unknown_choices_are_refused(choices: dict[str, str], message: str) -> N
         with pytest.raises(FreezekitError, match=message):
             call()
     assert type(model.bn) is nn.BatchNorm2d
+
+
+def test_a_large_weight_that_was_exchanged_is_seen_by_its_memory() -> None:
+    """Of a large one only a sample is compared by value, which is the same here."""
+    model = zoo.scramble(nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64)))
+    x = torch.randn(2, 64, 5, 5)
+    freeze(model, "*", convert="fold")
+    model(x)
+    new = model[0].weight.detach().clone()
+    new[:, 1:] += 1
+    model[0].weight.data = new
+    torch.testing.assert_close(model(x), eval_output(model, x), rtol=1e-4, atol=1e-4)
+    conv = copy.deepcopy(model[0])
+    torch.testing.assert_close(model(x), copy.deepcopy(model[1])(conv(x)), rtol=1e-4, atol=1e-4)
