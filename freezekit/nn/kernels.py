@@ -37,6 +37,9 @@ _BLOCK = 400_000
 _SMALL = 65_536
 """Numbers up to which the calls cost more than the memory, and the fewest calls win."""
 
+_FAR = 32.0
+"""Deviations from zero within which a mean costs float32 no digits to speak of."""
+
 scaled_difference = torch.ops.aten.mse_loss_backward.grad_input
 """``2 * (x - target) * g`` in one pass, where ``sub`` and ``mul`` take two."""
 
@@ -262,12 +265,16 @@ def _batch_norm_forward(
     var = _total(squares, inner).div_(n).addcmul_(rest, rest, value=-1).clamp_(min=0)
     invstd = (var + eps).rsqrt_()
     scale = invstd if weight is None else invstd * weight
-    shift = (rest * scale).neg_() if bias is None else torch.addcmul(bias, rest, scale, value=-1)
+    mean = mean_of(pivot, rest)
+    # Far from zero, `x * scale` rounds off what a deviation consists of: then the pivot is subtracted first.
+    far = not x.is_cpu or bool((pivot.abs() * invstd).max() > _FAR)
+    offset = rest if far else mean
+    shift = (offset * scale).neg_() if bias is None else torch.addcmul(bias, offset, scale, value=-1)
     if not inner:
         scale, shift = scale[:, None], shift[:, None]
     for block, out in reversed(blocks):  # the last ones are still in the cache
-        multiply_add(torch.sub(block, column, out=out), scale, shift, out, inner)
-    return y, mean_of(pivot, rest), var, pivot, rest, invstd, scale.flatten()
+        multiply_add(torch.sub(block, column, out=out) if far else block, scale, shift, out, inner)
+    return y, mean, var, pivot, rest, invstd, scale.flatten()
 
 
 def _batch_norm_backward(
@@ -307,7 +314,7 @@ def _small_batch_norm_forward(
     dims, shape = _channel_dims(x)
     n = x.numel() // x.size(1)
     # A difference of two values of the channel is exact where they are close, however large both are.
-    first = x[(0, slice(None)) + (0,) * (x.dim() - 2)]
+    first = x[0] if x.dim() == 2 else x[0].flatten(1)[:, 0]
     t = x - first.view(shape)
     mean = t.sum(dims).div_(n)
     t.sub_(mean.view(shape))
@@ -315,7 +322,7 @@ def _small_batch_norm_forward(
     invstd = (var + eps).rsqrt_()
     scale = (invstd if weight is None else invstd * weight).view(shape)
     y = t * scale if bias is None else torch.addcmul(bias.view(shape), t, scale)
-    return y, mean_of(first, mean), var, t, invstd, scale
+    return y, mean.add_(first), var, t, invstd, scale
 
 
 def _small_batch_norm_backward(
