@@ -9,6 +9,7 @@ while a convolution or a BN copied alone is found without its partner and comput
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from freezekit.nn.affine import FrozenAffine, FrozenAffine1d, FrozenAffine2d, FrozenAffine3d, scale_and_shift
 from freezekit.nn.checks import check_rank
+from freezekit.nn.kernels import differentiate, is_plain_eager
 from freezekit.nn.remembered import remembered
 
 __all__ = ["FOLDABLE", "PAIR", "Pair", "folded_class", "pair_of"]
@@ -116,32 +118,101 @@ class _Folded(_Paired):
         reduced = super().__reduce_ex__(protocol)
         return (_new_folded, (self._freezekit_unfolded,), *reduced[2:])
 
-    def _weights(self: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _statistics_and_affine(self: Any, input: Tensor) -> tuple[Any, ...] | None:
+        """Return what :func:`scale_and_shift` takes, if the BN is folded for this input."""
         pair = pair_of(self)
         if pair is None or not pair.folds(input.dim()):
-            return self.weight, self.bias
+            return None
         norm: Any = pair.norm
+        return (*norm._statistics(), norm.weight, norm.bias, norm.eps)
+
+    def _weights(self: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
+        norm = self._statistics_and_affine(input)
         weight, bias = self.weight, self.bias
-        mean, var = norm._statistics()
-        gamma, beta, eps = norm.weight, norm.bias, norm.eps
+        if norm is None:
+            return weight, bias
+        mean, var, gamma, beta, eps = norm
 
         def form() -> tuple[Tensor, Tensor]:
             scale, shift = scale_and_shift(mean, var, gamma, beta, eps, bias)
-            groups = self.groups if self._transposed else 1
-            # (in, out / groups, ...) of a transposed convolution as (groups, in / groups, out / groups, ...)
-            shape = [groups, 1, -1] if self._transposed else [-1]
-            grouped = weight.unflatten(0, (groups, -1)) if self._transposed else weight
-            scale = scale.view(shape + [1] * (grouped.dim() - len(shape)))
-            folded = (grouped * scale).to(weight.dtype)
-            return folded.flatten(0, 1) if self._transposed else folded, shift.to(weight.dtype)
+            groups = self.groups if self._transposed else None
+            return _scaled(weight, scale, groups).to(weight.dtype), shift.to(weight.dtype)
 
         folded, shift = remembered(self, (weight, bias, mean, var, gamma, beta), eps, form)
         return folded, shift
 
+    def _convolve(self: Any, input: Tensor, output_padding: Sequence[int]) -> Tensor | None:
+        """Convolve keeping no folded weight for backward, where that is worth something and can be done."""
+        weight = self.weight
+        plain = is_plain_eager(input) and not torch.is_autocast_enabled(input.device.type)
+        if not (plain and weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        norm = self._statistics_and_affine(input)
+        if norm is None or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        mean, var, gamma, beta, eps = norm
+        scale, shift = scale_and_shift(mean, var, gamma, beta, eps, self.bias)
+        if scale.requires_grad:
+            return None
+        groups = self.groups
+        geometry = (self.stride, self.padding, self.dilation, self._transposed, output_padding, groups)
+        output: Tensor = _Convolution.apply(input, weight, shift.to(weight.dtype), scale, *geometry)
+        return output
+
+
+def _scaled(weight: Tensor, scale: Tensor, groups: int | None) -> Tensor:
+    """Scale the output channels of a weight; ``groups`` is given for that of a transposed convolution."""
+    if groups is None:
+        return weight * scale.view([-1] + [1] * (weight.dim() - 1))
+    # (in, out / groups, ...) as (groups, in / groups, out / groups, ...)
+    grouped = weight.unflatten(0, (groups, -1))
+    scaled: Tensor = (grouped * scale.view([groups, 1, -1] + [1] * (weight.dim() - 2))).flatten(0, 1)
+    return scaled
+
+
+def _convolution_plain(
+    input: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, *geometry: Any
+) -> tuple[Tensor]:
+    folded = _scaled(weight, scale, geometry[-1] if geometry[3] else None).to(weight.dtype)
+    return (torch.convolution(input, folded, shift, *geometry),)
+
+
+class _Convolution(torch.autograd.Function):
+    """A convolution with a scaled weight, which keeps the weight, there anyway, and scales it again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, *geometry: Any
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, shift, scale)
+        ctx.geometry = geometry
+        return _convolution_plain(input, weight, shift, scale, *geometry)[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, shift, scale = ctx.saved_tensors
+        constant = (None,) * (1 + len(ctx.geometry))
+        if torch.is_grad_enabled():  # differentiated again
+            found = differentiate(
+                lambda *operands: _convolution_plain(*operands, scale, *ctx.geometry),
+                (input, weight, shift),
+                (),
+                grad,
+            )
+            return (*found, *constant)
+        groups = ctx.geometry[-1] if ctx.geometry[3] else None
+        folded = _scaled(weight, scale, groups).to(weight.dtype)
+        d_input, d_weight, d_shift = torch.ops.aten.convolution_backward(
+            grad, input, folded, [shift.numel()], *ctx.geometry, ctx.needs_input_grad[:3]
+        )
+        return d_input, _scaled(d_weight, scale, groups).to(weight.dtype), d_shift, *constant
+
 
 class _FoldedConv(_Folded):
     def forward(self: Any, input: Tensor) -> Tensor:
-        output: Tensor = self._conv_forward(input, *self._weights(input))
+        output: Tensor | None = self._convolve(input, (0,) * len(self.kernel_size))
+        if output is None:
+            output = self._conv_forward(input, *self._weights(input))
         return output
 
 
@@ -155,11 +226,12 @@ class _FoldedConvTranspose(_Folded):
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
-        weight, bias = self._weights(input)
-        conv = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[dims - 1]
-        return conv(
-            input, weight, bias, self.stride, self.padding, output_padding, self.groups, self.dilation
-        )
+        output: Tensor | None = self._convolve(input, output_padding)
+        if output is None:
+            weight, bias = self._weights(input)
+            geometry = (self.stride, self.padding, self.dilation, True, output_padding, self.groups)
+            output = torch.convolution(input, weight, bias, *geometry)
+        return output
 
 
 class _FoldedLinear(_Folded):

@@ -589,3 +589,36 @@ def test_a_large_weight_that_was_exchanged_is_seen_by_its_memory() -> None:
     torch.testing.assert_close(model(x), eval_output(model, x), rtol=1e-4, atol=1e-4)
     conv = copy.deepcopy(model[0])
     torch.testing.assert_close(model(x), copy.deepcopy(model[1])(conv(x)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_folded_convolution_that_trains_keeps_no_more_than_one_without_bn(transposed: bool) -> None:
+    conv: nn.Module = (nn.ConvTranspose2d if transposed else nn.Conv2d)(8, 8, 3, groups=2)
+    model = zoo.scramble(nn.Sequential(conv, nn.BatchNorm2d(8)))
+    handle = freezekit.freeze(model, "1", convert="fold")
+    assert handle.kernels == {"1": "fold"}
+    x = torch.randn(2, 8, 9, 9, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x).sum()
+    assert sorted(t.data_ptr() for t in kept if t.numel() > 8) == sorted(
+        (x.data_ptr(), conv.weight.data_ptr())
+    )
+    del kept[:]
+    double = copy.deepcopy(model).double()
+    x2 = x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(double, x2)
+    assert torch.autograd.gradgradcheck(
+        lambda x, w: torch.func.functional_call(double, {"0.weight": w}, x), (x2, double[0].weight)
+    )
+    conv.weight.data.mul_(1.0)
+    y = model(x).sum()
+    with torch.no_grad():
+        conv.weight.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
