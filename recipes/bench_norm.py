@@ -16,7 +16,6 @@ Needs: pip install 'freezekit[vision]'; timm is optional
 
 from __future__ import annotations
 
-import inspect
 import math
 import statistics
 import time
@@ -101,8 +100,6 @@ def build(home: Any, kind: str, case: Case) -> Any:
         "layer": ("LayerNorm", (case.shape[1:],), {}),
         "group": ("GroupNorm", (32, channels), {}),
     }[kind]
-    if not hasattr(home, name):
-        raise AbsentError(f"no {home.__name__}.{name} in this version")
     return fill(getattr(home, name)(*args, **options), case)
 
 
@@ -136,12 +133,7 @@ def naive_training_affine(case: Case) -> nn.Module:
 def frozen(convert: str | None = None, home: Any = nn) -> Callable[[Case], nn.Module]:
     def make(case: Case) -> nn.Module:
         layer = build(home, "batch", case)
-        if convert is None:
-            freezekit.freeze(layer, "*")
-        elif "convert" in inspect.signature(freezekit.freeze).parameters:
-            freezekit.freeze(layer, "*", convert=convert)
-        else:
-            raise AbsentError(f"no freeze(convert={convert!r}) in this version")
+        freezekit.freeze(layer, "*", convert=convert)
         return layer.train()
 
     return make

@@ -16,12 +16,10 @@ Needs: pip install 'freezekit[vision]'
 from __future__ import annotations
 
 import copy
-import inspect
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import click
 import torch
@@ -39,10 +37,6 @@ console.width = max(console.width, 100)
 TARGET = "BN in eval()"
 FROZEN = ("frozen", "affine", "fold")  # must compute what the target computes
 CONVERT = {"frozen": None, "affine": "affine", "fold": "fold"}
-
-
-class AbsentError(Exception):
-    """A contender that cannot be had here, and why."""
 
 
 def base_model(x: Tensor) -> nn.Module:
@@ -82,22 +76,13 @@ def make(who: str, base: nn.Module, head_only: bool) -> nn.Module:
     else:
         model = copy.deepcopy(base)
     if who == "BN trains, own":
-        convert = getattr(freezekit, "convert_batchnorm", None)
-        if convert is None:
-            raise AbsentError("no convert_batchnorm in this version")
-        model = convert(model) or model
+        freezekit.convert_batchnorm(model)
     model.train()
     if who in FROZEN:
-        options: dict[str, Any] = {} if CONVERT[who] is None else {"convert": CONVERT[who]}
-        if options and "convert" not in inspect.signature(freezekit.freeze).parameters:
-            raise AbsentError(f"no freeze(convert={CONVERT[who]!r}) in this version")
-        try:
-            if head_only:
-                freezekit.freeze_backbone(model, **options)
-            else:
-                freezekit.freeze(model, norm_names(model), **options)
-        except freezekit.FreezekitError as error:
-            raise AbsentError(str(error)) from error
+        if head_only:
+            freezekit.freeze_backbone(model, convert=CONVERT[who])
+        else:
+            freezekit.freeze(model, norm_names(model), convert=CONVERT[who])
         return model
     if head_only:
         model.requires_grad_(False).fc.requires_grad_(True)
@@ -162,19 +147,14 @@ WHO = (TARGET, "BN trains", "BN trains, own", *FROZEN, "torchvision's", "no BN")
 
 def compete(
     title: str, head_only: bool, who: list[str], base: nn.Module, x: Tensor, rounds: int, compiled: bool
-) -> dict[str, str]:
-    """Run the race of one regime, print its table and return what was left out."""
-    notes = {}
+) -> None:
+    """Run the race of one regime and print its table."""
     target = torch.arange(len(x), device=x.device)
     runners: dict[str, Contender] = {}
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = 4 * len(WHO)  # they share the code of ResNet.forward
     for name in who:
-        try:
-            model = make(name, base, head_only).to(x.device)
-        except AbsentError as absent:
-            notes[f"{title}: {name}"] = str(absent)
-            continue
+        model = make(name, base, head_only).to(x.device)
         if x.is_contiguous(memory_format=torch.channels_last):
             model = model.to(memory_format=torch.channels_last)
         runners[name] = Contender(model, x, target, compiled)
@@ -210,7 +190,6 @@ def compete(
             name, f"{middle * 1e3:.0f} ±{spread:3.0%}", *ratios, f"{saved[name]:.0f}", f"{losses[name]:.3f}"
         )
     console.print(table)
-    return notes
 
 
 @click.command()
@@ -254,12 +233,9 @@ def main(
         f"torch {torch.__version__}, {where}, {'compiled' if compiled else 'eager'}, {steps} rounds"
     )
     who = [name for name in WHO if not chosen or name in (TARGET, *chosen)]
-    notes: dict[str, str] = {}
     for regime, title in (("head", "head only"), ("convs", "all but BN trains")):
         if only in (None, regime):
-            notes |= compete(title, regime == "head", who, base, x, steps, compiled)
-    for what, why in notes.items():
-        console.print(f"left out: {what}: {why}", markup=False)
+            compete(title, regime == "head", who, base, x, steps, compiled)
 
 
 if __name__ == "__main__":
