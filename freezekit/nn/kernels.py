@@ -8,6 +8,7 @@ than a fused kernel would move. Where something else takes the ops apart (a comp
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "multiply_add",
     "scaled_difference",
     "strided_like",
+    "sum_of_squares",
 ]
 
 _BLOCK = 400_000
@@ -105,9 +107,29 @@ def blocks_of(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 def _total(parts: list[Tensor], inner: bool) -> Tensor:
     """Add up what the blocks gave: (C) each with channels innermost, else (rows of the block, C)."""
-    if not inner:
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).sum(0)
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    if inner and len(parts) == 1:
+        return parts[0]
+    values = (torch.stack if inner else torch.cat)(parts) if len(parts) > 1 else parts[0]
+    return values.sum(0, dtype=torch.float64).to(values.dtype)
+
+
+@functools.lru_cache
+def _run_length(length: int) -> int:
+    """Return the longest part of up to 512 that divides the length; 0 if there is none worth it."""
+    return next((run for run in range(min(length, 512), min(length, 32) - 1, -1) if length % run == 0), 0)
+
+
+def sum_of_squares(t: Tensor) -> Tensor:
+    """Return the sum of squares along the last dimension, without a tensor of the squares.
+
+    ``vector_norm`` adds one after the other in float32: over short runs no digits are lost.
+    """
+    run = _run_length(t.size(-1))
+    if run == 0:
+        return t.square().sum(-1)
+    runs = t.view(*t.shape[:-1], -1, run)
+    squares: Tensor = torch.linalg.vector_norm(runs, dim=-1).square_()
+    return squares.squeeze(-1) if run == t.size(-1) else squares.sum(-1)
 
 
 def _channel_dims(x: Tensor) -> tuple[list[int], list[int]]:
@@ -260,7 +282,7 @@ def _batch_norm_forward(
             squares.append(t.mul_(t).sum(0))
         else:
             sums.append(t.sum(2))
-            squares.append(torch.linalg.vector_norm(t, dim=2).square_())
+            squares.append(sum_of_squares(t))
     rest = _total(sums, inner).div_(n)  # mean - pivot
     var = _total(squares, inner).div_(n).addcmul_(rest, rest, value=-1).clamp_(min=0)
     invstd = (var + eps).rsqrt_()

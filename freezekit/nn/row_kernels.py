@@ -22,6 +22,7 @@ from freezekit.nn.kernels import (
     multiply_add,
     scaled_difference,
     strided_like,
+    sum_of_squares,
 )
 
 __all__ = ["GroupNorm", "LayerNorm", "group_norm_plain", "layer_norm_plain"]
@@ -49,10 +50,7 @@ class GroupNorm(torch.autograd.Function):
             pivot = _share(_sum(sample, inner), groups, n * sample.numel() // block.numel())
             t = torch.sub(block, _column(pivot, inner), out=out)
             rest = _share(_sum(t, inner), groups, n)
-            if scratch is None:
-                squares = torch.linalg.vector_norm(t, dim=2).square_()
-            else:
-                squares = torch.mul(t, t, out=scratch[: len(t)]).sum(1)
+            squares = sum_of_squares(t) if scratch is None else torch.mul(t, t, out=scratch[: len(t)]).sum(1)
             var = _share(squares, groups, n).addcmul_(rest, rest, value=-1).clamp_(min=0)
             invstd = _divisor(var, eps, groups == x.size(1)).rsqrt()
             scale = invstd if weight is None else invstd * weight
@@ -176,7 +174,7 @@ class LayerNorm(torch.autograd.Function):
             pivot = _sample(block, 1).mean(1, keepdim=True)
             t = torch.sub(block, pivot, out=out)
             rest = t.sum(1, keepdim=True).div_(n)
-            var = torch.linalg.vector_norm(t, dim=1, keepdim=True).square_().div_(n)
+            var = sum_of_squares(t).unsqueeze(1).div_(n)
             invstd = var.addcmul_(rest, rest, value=-1).clamp_(min=0).add_(eps).rsqrt_()
             if half_gamma is None:
                 t.sub_(rest).mul_(invstd)
