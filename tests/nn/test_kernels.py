@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from norms import CASES, Case, assert_same, run
+from norms import CASES, Case, assert_no_less_exact, assert_same, run
 from torch import Tensor, nn
 
 import freezekit.nn as own
@@ -77,3 +79,23 @@ def test_nothing_but_the_input_is_kept() -> None:
         own.BatchNorm2d(4)(x)
     large = [t for t in kept if t.numel() > 100]
     assert [t.data_ptr() for t in large] == [x.data_ptr()]
+
+
+LARGE = {
+    "bn": Case("BatchNorm2d", (64,), (4, 64, 56, 56)),
+    "bn-7": Case("BatchNorm2d", (1024,), (4, 1024, 7, 7)),
+    "bn-rows": Case("BatchNorm1d", (256,), (300, 256)),
+    "in": Case("InstanceNorm2d", (16,), (2, 16, 200, 210), {"affine": True}),
+    "ln": Case("LayerNorm", ((64, 56, 56),), (2, 64, 56, 56)),
+    "ln-prime": Case("LayerNorm", (70_001,), (2, 3, 70_001)),
+    "gn": Case("GroupNorm", (32, 256), (2, 256, 28, 28)),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_large_inputs_no_less_exact_than_torch(case: Case, layout: str) -> None:
+    mine, theirs = case.pair()
+    oracle = copy.deepcopy(theirs).double()
+    x, grad = LAYOUTS[layout](case.data()), LAYOUTS[layout](torch.randn(case.shape))
+    assert_no_less_exact(run(mine, x, grad), run(theirs, x, grad), run(oracle, x.double(), grad.double()))
