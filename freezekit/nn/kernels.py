@@ -336,7 +336,7 @@ def _small_batch_norm_forward(
     dims, shape = _channel_dims(x)
     n = x.numel() // x.size(1)
     # A difference of two values of the channel is exact where they are close, however large both are.
-    first = x[0] if x.dim() == 2 else x[0].flatten(1)[:, 0]
+    first = (x[0] if x.dim() == 2 else x[0].flatten(1)[:, 0]).clone()  # not a view, which would keep x
     t = x - first.view(shape)
     mean = t.sum(dims).div_(n)
     t.sub_(mean.view(shape))
@@ -344,16 +344,17 @@ def _small_batch_norm_forward(
     invstd = (var + eps).rsqrt_()
     scale = (invstd if weight is None else invstd * weight).view(shape)
     y = t * scale if bias is None else torch.addcmul(bias.view(shape), t, scale)
-    return y, mean.add_(first), var, t, invstd, scale
+    return y, mean + first, var, first, mean, invstd, scale
 
 
 def _small_batch_norm_backward(
-    g: Tensor, x: Tensor, needs_dx: bool, t: Tensor, invstd: Tensor, scale: Tensor
+    g: Tensor, x: Tensor, needs_dx: bool, first: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    dims, _ = _channel_dims(x)
+    dims, shape = _channel_dims(x)
+    t = (x - first.view(shape)).sub_(mean.view(shape))
     d_bias = g.sum(dims)
     d_weight = (g * t).sum(dims).mul_(invstd)
     if not needs_dx:
         return None, d_weight, d_bias
-    mean = torch.addcmul(d_bias.view_as(scale), t, (d_weight * invstd).view_as(scale))
-    return torch.add(g, mean, alpha=-x.size(1) / x.numel()).mul_(scale), d_weight, d_bias
+    means = torch.addcmul(d_bias.view_as(scale), t, (d_weight * invstd).view_as(scale))
+    return torch.add(g, means, alpha=-x.size(1) / x.numel()).mul_(scale), d_weight, d_bias
