@@ -330,7 +330,9 @@ def instance_norm_train(
     if math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
     check_operands(input, weight=weight, bias=bias)
-    weight, bias = _computed(input, weight), _computed(input, bias)
+    # A copy, so that the weight may change before backward, as torch's may.
+    weight, bias = None if weight is None else weight.clone(), _computed(input, bias)
+    weight = _computed(input, weight)
     compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
     output, mean, var = compute(input, weight, bias, eps, input.size(1))
     return as_input(output, input), mean, var

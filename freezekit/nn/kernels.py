@@ -9,7 +9,7 @@ than a fused kernel would move. Where something else takes the ops apart (a comp
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ __all__ = [
     "dense",
     "differentiate",
     "is_channels_last",
+    "is_differentiated",
     "is_plain_eager",
     "mean_of",
     "multiply_add",
     "scaled_difference",
+    "stand_in",
     "strided_like",
     "sum_of_squares",
 ]
@@ -55,11 +57,21 @@ def is_plain_eager(input: Tensor) -> bool:
     """Tell whether ops run as they are called, on memory, with nothing but autograd watching."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
+        or type(input) not in (Tensor, torch.nn.Parameter)
         or input.is_meta
         or input.numel() == 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_differentiated(grad: Tensor) -> bool:
+    """Tell whether a backward is itself differentiated, or batched, so that only plain formulas will do."""
+    functorch = torch._C._functorch
+    return (
+        torch.is_grad_enabled() or functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
     )
 
 
@@ -151,11 +163,20 @@ def differentiate(
     constants: tuple[Any, ...],
     grad: Tensor,
 ) -> list[Tensor | None]:
-    """Return the gradients for ``operands`` as part of a graph, to be differentiated again."""
-    y = plain(*operands, *constants)[0]
+    """Return the gradients for ``operands`` by the plain formula, as part of a graph if there is one."""
+    with torch.enable_grad():
+        # Views, for hooks on the tensors themselves are not to run here.
+        operands = tuple(None if t is None else t.view_as(t) for t in operands)
+        y = plain(*operands, *constants)[0]
     wanted = [t for t in operands if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=True))
+    graph = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=graph))
     return [next(found) if t is not None and t.requires_grad else None for t in operands]
+
+
+def stand_in(needed: bool, shape: Sequence[int], like: Tensor) -> Tensor | None:
+    """Return what :func:`differentiate` takes for a bias, whose value no gradient depends on."""
+    return torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True) if needed else None
 
 
 def mean_of(pivot: Tensor, rest: Tensor) -> Tensor:
@@ -236,7 +257,7 @@ class BatchNormTrain(torch.autograd.Function):
         x = dense(input.to(compute_dtype(input)))
         forward = _batch_norm_forward if x.numel() > _SMALL else _small_batch_norm_forward
         y, mean, var, *saved = forward(x, weight, bias, eps)
-        ctx.save_for_backward(input, weight, bias, *saved)
+        ctx.save_for_backward(input, weight, *saved)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
@@ -244,10 +265,11 @@ class BatchNormTrain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (grad, *_), (input, weight, bias, *saved) = grads, ctx.saved_tensors
+        (grad, *_), (input, weight, *saved) = grads, ctx.saved_tensors
         if grad is None:
             return None, None, None, None
-        if torch.is_grad_enabled():  # differentiated again
+        if is_differentiated(grad):
+            bias = stand_in(ctx.needs_input_grad[2], [input.size(1)], saved[0])
             return *differentiate(batch_norm_plain, (input, weight, bias), (ctx.eps,), grad), None
         x = dense(input.to(compute_dtype(input)))
         backward = _batch_norm_backward if x.numel() > _SMALL else _small_batch_norm_backward
@@ -270,7 +292,7 @@ def _batch_norm_forward(
     # Deviations are taken from a pivot, the mean of a sixteenth of the batch, so that sums of their squares
     # lose at most a factor 16 of precision, however large the mean is beside the deviation: the mean of a
     # part p of any data is within sigma * sqrt((1 - p) / p) of the mean of all.
-    sample = rows if len(blocks) == 1 else rows[: -(-len(rows) // 16)]
+    sample = rows if len(blocks) == 1 else rows[::16]
     pivot = sample.mean(0 if inner else (0, 2))
     column = pivot if inner else pivot[:, None]
     scratch = torch.empty_like(blocks[0][0])
@@ -289,7 +311,7 @@ def _batch_norm_forward(
     scale = invstd if weight is None else invstd * weight
     mean = mean_of(pivot, rest)
     # Far from zero, `x * scale` rounds off what a deviation consists of: then the pivot is subtracted first.
-    far = not x.is_cpu or bool((pivot.abs() * invstd).max() > _FAR)
+    far = _is_far(pivot, invstd)
     offset = rest if far else mean
     shift = (offset * scale).neg_() if bias is None else torch.addcmul(bias, offset, scale, value=-1)
     if not inner:
@@ -321,13 +343,19 @@ def _batch_norm_backward(
         return None, d_weight, d_bias
     # dx = scale * (g - E[g] - xhat * E[g * xhat]), sorted by what depends on the element
     slope = (d_weight * invstd).mul_(scale).div_(-n)
-    shift = (d_bias * scale).div_(-n).addcmul_(slope, pivot + rest, value=-1)
+    far = _is_far(pivot, invstd)
+    shift = (d_bias * scale).div_(-n).addcmul_(slope, rest if far else pivot + rest, value=-1)
     if not inner:
         scale, slope, shift = scale[:, None], slope[:, None], shift[:, None]
     for block, g_block, out in reversed(blocks):
-        multiply_add(block, slope, shift, out, inner)
+        multiply_add(torch.sub(block, column, out=out) if far else block, slope, shift, out, inner)
         torch.addcmul(out, g_block, scale, out=out)
     return dx, d_weight, d_bias
+
+
+def _is_far(pivot: Tensor, invstd: Tensor) -> bool:
+    # A GPU is not made to wait for the answer.
+    return not pivot.is_cpu or bool((pivot.abs() * invstd).max() > _FAR)
 
 
 def _small_batch_norm_forward(
@@ -344,7 +372,7 @@ def _small_batch_norm_forward(
     invstd = (var + eps).rsqrt_()
     scale = (invstd if weight is None else invstd * weight).view(shape)
     y = t * scale if bias is None else torch.addcmul(bias.view(shape), t, scale)
-    return y, mean + first, var, first, mean, invstd, scale
+    return y, mean_of(first, mean), var, first, mean, invstd, scale
 
 
 def _small_batch_norm_backward(

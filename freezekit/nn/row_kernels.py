@@ -18,9 +18,11 @@ from freezekit.nn.kernels import (
     compute_dtype,
     dense,
     differentiate,
+    is_differentiated,
     mean_of,
     multiply_add,
     scaled_difference,
+    stand_in,
     strided_like,
     sum_of_squares,
 )
@@ -59,7 +61,7 @@ class GroupNorm(torch.autograd.Function):
             for values, value in zip(saved, (pivot, rest, var, invstd, scale), strict=True):
                 values.append(value)
         pivot, rest, var, invstd, scale = (v[0] if len(v) == 1 else torch.cat(v) for v in saved)
-        ctx.save_for_backward(input, weight, bias, pivot, rest, invstd, scale)
+        ctx.save_for_backward(input, weight, pivot, rest, invstd, scale)
         ctx.eps, ctx.groups = eps, groups
         first = slice(None, None, x.size(1) // groups)
         mean, var = mean_of(pivot, rest)[:, first], var[:, first]
@@ -69,11 +71,12 @@ class GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
-        (grad, *_), (input, weight, bias, *saved) = grads, ctx.saved_tensors
+        (grad, *_), (input, weight, *saved) = grads, ctx.saved_tensors
         if grad is None:
             return None, None, None, None, None
         groups = ctx.groups
-        if torch.is_grad_enabled():  # differentiated again
+        if is_differentiated(grad):
+            bias = stand_in(ctx.needs_input_grad[2], [input.size(1)], saved[0])
             found = differentiate(group_norm_plain, (input, weight, bias), (ctx.eps, groups), grad)
             return *found, None, None
         x = dense(input.to(compute_dtype(input)))
@@ -117,8 +120,8 @@ def _rows(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def _sample(block: Tensor, dim: int) -> Tensor:
-    """Return a sixteenth of the block along ``dim``, for a pivot: see batch normalisation's forward."""
-    return block.narrow(dim, 0, min(block.size(dim), max(16, block.size(dim) // 16)))
+    """Return every sixteenth of the block along ``dim``, for a pivot: see batch normalisation's forward."""
+    return block[(slice(None),) * dim + (slice(None, None, 16),)] if block.size(dim) >= 256 else block
 
 
 def _sum(block: Tensor, inner: bool) -> Tensor:
@@ -135,7 +138,7 @@ def _share(values: Tensor, groups: int, n: int) -> Tensor:
         return values.div_(n)
     grouped: Tensor = values.unflatten(1, (groups, -1))
     shared: Tensor = grouped.sum(2, keepdim=True).div_(n).expand_as(grouped).flatten(1)
-    return shared
+    return shared.contiguous()  # of a single group it is a view of one value
 
 
 def _divisor(var: Tensor, eps: float, instance: bool) -> Tensor:
@@ -169,7 +172,7 @@ class LayerNorm(torch.autograd.Function):
         blocks = blocks_of(x.view(-1, n), y.view(-1, n))
         half_gamma = None if weight is None else weight.reshape(n) / 2
         beta = None if bias is None else bias.reshape(n)
-        means, invstds = [], []
+        saved: list[list[Tensor]] = [[], [], []]
         for block, out in blocks:
             pivot = _sample(block, 1).mean(1, keepdim=True)
             t = torch.sub(block, pivot, out=out)
@@ -177,20 +180,21 @@ class LayerNorm(torch.autograd.Function):
             var = sum_of_squares(t).unsqueeze(1).div_(n)
             invstd = var.addcmul_(rest, rest, value=-1).clamp_(min=0).add_(eps).rsqrt_()
             if half_gamma is None:
-                t.sub_(rest).mul_(invstd)
+                t.sub_(rest)
             else:
                 scaled_difference(half_gamma.expand_as(t), t, rest.expand_as(t), 0, grad_input=t)
-                t.mul_(invstd) if beta is None else torch.addcmul(beta, t, invstd, out=t)
-            means.append(mean_of(pivot, rest))
-            invstds.append(invstd)
-        ctx.save_for_backward(input, weight, bias, torch.cat(means), torch.cat(invstds))
+            t.mul_(invstd) if beta is None else torch.addcmul(beta, t, invstd, out=t)
+            for values, value in zip(saved, (pivot, rest, invstd), strict=True):
+                values.append(value)
+        ctx.save_for_backward(input, weight, *map(torch.cat, saved))
         ctx.eps, ctx.shape = eps, shape
         return y.to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        input, weight, bias, means, invstds = ctx.saved_tensors
-        if torch.is_grad_enabled():  # differentiated again
+        input, weight, *saved = ctx.saved_tensors
+        if is_differentiated(grad):
+            bias = stand_in(ctx.needs_input_grad[2], ctx.shape, saved[0])
             found = differentiate(layer_norm_plain, (input, weight, bias), (ctx.eps, ctx.shape), grad)
             return *found, None, None
         n = math.prod(ctx.shape)
@@ -202,13 +206,14 @@ class LayerNorm(torch.autograd.Function):
         gamma = None if weight is None else weight.reshape(n)
         d_weight, d_bias, start = x.new_zeros(n), x.new_zeros(n), 0
         for block, g_block, out in blocks:
-            mean, invstd = (value[start : start + len(block)] for value in (means, invstds))
+            pivot, rest, invstd = (value[start : start + len(block)] for value in saved)
             start += len(block)
-            xhat = torch.sub(block, mean, out=normal[: len(block)]).mul_(invstd)
+            xhat = torch.sub(block, pivot, out=normal[: len(block)]).sub_(rest).mul_(invstd)
             p = product[: len(block)]
+            if ctx.needs_input_grad[2]:
+                d_bias += g_block.sum(0)
             if gamma is not None:
                 d_weight += torch.mul(g_block, xhat, out=p).sum(0)
-                d_bias += g_block.sum(0)
                 g_block = torch.mul(g_block, gamma, out=out)
             products = torch.mul(g_block, xhat, out=p).sum(1, keepdim=True).div_(-n)
             sums = g_block.sum(1, keepdim=True).div_(n)
