@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -20,7 +22,11 @@ from freezekit.nn.folded import FOLDABLE
 
 __all__ = ["Plan", "describe", "make_plan"]
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINED = {nn.Sequential.forward, nn.ModuleList.forward, nn.ModuleDict.forward}
+"""The forwards of containers, whose children may be iterated over instead."""
+
+_WAYS = ((False, False, False), (True, True, False), (False, True, True))
+"""(training, with gradients, with every argument given) of each trace."""
 
 
 @dataclass
@@ -45,15 +51,12 @@ class Plan:
             holding.fold(layer, norms[name])
 
 
-def make_plan(
-    model: nn.Module, norms: dict[str, nn.Module], held: Iterable[int], convert: str | None
-) -> Plan | None:
+def make_plan(model: nn.Module, norms: dict[str, nn.Module], convert: str | None) -> Plan | None:
     """Plan the conversion of the BN layers ``norms``, which are to be frozen; nothing is changed yet.
 
     Args:
         model: the model they are part of.
         norms: the BN layers by name, those other freezes hold already included.
-        held: ids of the modules that will be held in eval mode.
         convert: ``"affine"``, ``"fold"`` or ``None``.
     """
     if convert is None:
@@ -70,7 +73,7 @@ def make_plan(
             fresh[name] = norm
     plan.affine = list(fresh.values())
     if convert == "fold" and fresh:
-        evidence = _Evidence(model, set(held))
+        evidence = _Evidence(model)
         for name, norm in fresh.items():
             found = evidence.layer_before(name, norm)
             if isinstance(found, str):
@@ -105,40 +108,50 @@ class _Tracer(fx.Tracer):
 class _Evidence:
     """The graphs of a model, or of those parts of it that can be traced, under the names of the model.
 
-    It is traced once as in ``model.eval()``, and if parts of it will still follow ``model.train()`` once more
-    as in that, since a forward may ask for the mode. What is traced is a copy on the meta device: the model's
-    own forward never runs on the model, and no tensor is copied.
+    A forward may ask for the mode, for gradients, and for arguments left out, and what an unfreeze will wake
+    is not known; so it is traced in several ways, which must agree. What is traced is a copy on the meta
+    device: the model's own forward never runs on the model, and no parameter or buffer is copied.
     """
 
-    def __init__(self, model: nn.Module, held: set[int]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.names: dict[int, list[str]] = {}
         for name, module in self.modules.items():
             self.names.setdefault(id(module), []).append(name)
-        live = [name for name, m in self.modules.items() if id(m) not in held and not holding.is_held(m)]
-        self.traces = [self._trace_in_mode(model, set())]
-        if live:
-            self.traces.append(self._trace_in_mode(model, set(live)))
+        self.traces: list[dict[str, list[fx.Node]]] = []
+        self.kept: set[fx.Node] = set()
+        self.obstacle = "the forward that calls it cannot be traced, or none does"
+        for training, gradients, given in _WAYS:
+            try:
+                copied = _meta_copy(model)
+            except Exception as error:  # whatever a class does when it is copied: then there is no evidence
+                self.obstacle = f"the model cannot be copied to be traced: {error}"
+                self.traces.append({})
+                return
+            for module in copied.modules():
+                module.training = training
+            self.traces.append(self._trace_copy(copied, gradients, given))
 
-    def _trace_in_mode(self, model: nn.Module, training: set[str]) -> dict[str, list[fx.Node]]:
+    def _trace_copy(self, copied: nn.Module, gradients: bool, given: bool) -> dict[str, list[fx.Node]]:
         """Return the nodes that call each module; names are the first that the module has in the model."""
         calls: dict[str, list[fx.Node]] = {}
-        try:
-            copied = _meta_copy(model)
-        except Exception:  # whatever a class does when it is copied: without a copy there is no evidence
-            return calls
-        for name, module in copied.named_modules():
-            module.training = name in training
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # a forward may draw numbers
+        states = random.getstate(), np.random.get_state()  # a forward may draw numbers
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
             warnings.simplefilter("ignore")
-            self._trace("", copied, calls)
+            self._trace("", copied, calls, given)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        # What a forward has put away in an attribute, others may use.
+        for module in copied.modules():
+            self.kept |= {value.node for value in module.__dict__.values() if isinstance(value, fx.Proxy)}
         return calls
 
-    def _trace(self, name: str, module: nn.Module, calls: dict[str, list[fx.Node]]) -> None:
-        # How a bare container is run is the business of what it is in.
-        if not name or type(module) not in _CONTAINERS:
+    def _trace(self, name: str, module: nn.Module, calls: dict[str, list[fx.Node]], given: bool) -> None:
+        # How a container is run is the business of what it is in.
+        if not name or type(module).forward not in _CONTAINED:
+            defaults = {} if given else _defaults(module)
             try:
-                graph = _Tracer().trace(module)
+                graph = _Tracer().trace(module, defaults)
             except Exception:  # anything can go wrong when a forward runs on stand-ins: then no evidence
                 graph = None
             if graph is not None:
@@ -148,7 +161,7 @@ class _Evidence:
                         calls.setdefault(self.names[id(self.modules[target])][0], []).append(node)
                 return
         for child_name, child in module.named_children():
-            self._trace(f"{name}.{child_name}" if name else child_name, child, calls)
+            self._trace(f"{name}.{child_name}" if name else child_name, child, calls, given)
 
     def layer_before(self, name: str, norm: nn.Module) -> nn.Module | str:
         """Return the layer that the BN can be folded into, or why there is none."""
@@ -159,13 +172,13 @@ class _Evidence:
             return "it has no running statistics"
         for calls in self.traces:
             if not calls.get(name):
-                return "the forward that calls it cannot be traced, or none does"
+                return self.obstacle
             for node in calls[name]:
                 (before, *rest), kwargs = node.args or (None,), node.kwargs
                 if not isinstance(before, fx.Node) or before.op != "call_module" or rest or kwargs:
                     return "what it is given does not come from a convolution or linear layer"
                 layer_name = next(n for n, nodes in calls.items() if before in nodes)
-                if len(before.users) > 1:
+                if len(before.users) > 1 or before in self.kept:
                     return f"the output of {layer_name} is used elsewhere too"
                 if len(calls[layer_name]) > 1 or len(calls[name]) > 1:
                     return f"it or {layer_name} is called more than once"
@@ -176,6 +189,8 @@ class _Evidence:
 
     def _judge(self, layer_name: str, norm: Any) -> nn.Module | str:
         layer: Any = self.modules[layer_name]
+        if "forward" in layer.__dict__ or "forward" in norm.__dict__:
+            return f"it or {layer_name} has a forward of its own"
         kind = holding.live_class(layer)
         if kind not in FOLDABLE:
             return f"{layer_name} before it is a {kind.__name__}, not just a convolution or linear layer"
@@ -194,6 +209,12 @@ class _Evidence:
             return f"a hook between {layer_name} and it would see other values"
         found: nn.Module = layer
         return found
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Return the arguments that a call of the module may leave out, and what they are then."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _path(name: str) -> list[str]:

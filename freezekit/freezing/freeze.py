@@ -325,7 +325,7 @@ def _freeze(
     if selection is not None:
         refuse_shared(modules, tensors, chosen)
     norms = {name: m for name, m in model.named_modules() if id(m) in held and holding.is_batchnorm(m)}
-    plan = make_plan(model, norms, held, convert)
+    plan = make_plan(model, norms, convert)
     train = {id(m) for m in norms.values()} if bn == "freeze_stats" else set()
     tied = {
         id(t)
@@ -374,6 +374,9 @@ def _release(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool) ->
             holding.release_tensor(module, own, leaving)
         leaving = holding.holders_of(module) if holders is None else holders
         holding.release_module(module, leaving, adopt_mode=adopt_mode)
+    ids = {id(module) for module in modules.values()}
+    for module in modules.values():
+        holding.end_lone_pair(module, ids)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -19,9 +19,11 @@ from freezekit.nn.affine import FrozenAffine, affine_class
 from freezekit.nn.folded import FOLDABLE, PAIR, Pair, folded_class, pair_of
 from freezekit.nn.frozen import _FrozenBatchNorm, frozen_class
 from freezekit.nn.held import Held
+from freezekit.nn.remembered import forget
 
 __all__ = [
     "check_release",
+    "end_lone_pair",
     "fold",
     "hold_module",
     "holders_of",
@@ -141,6 +143,7 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
 
 def _swap(module: nn.Module) -> None:
     """Give the module the class that follows from what is noted about it, and forget what is over."""
+    forget(module)
     record = _record(module)
     if record.origin is not None:
         cls = module.__class__ = _swapped_class(module, record.origin, record)
@@ -152,7 +155,7 @@ def _swap(module: nn.Module) -> None:
 def kernel_of(module: nn.Module) -> str:
     """Return by what a frozen BN layer is computed: ``"exact"``, ``"affine"`` or ``"fold"``."""
     pair = pair_of(module)
-    if pair is not None and pair.layer is not None:
+    if pair is not None and pair.folds(pair.rank):
         return "fold"
     return "affine" if isinstance(module, FrozenAffine) else "exact"
 
@@ -216,6 +219,14 @@ def _unfold(module: nn.Module) -> None:
         module.__dict__.pop(PAIR, None)
 
 
+def end_lone_pair(module: nn.Module, modules: set[int]) -> None:
+    """Unfold a layer whose BN is no longer in the model that ``modules`` are the ids of."""
+    pair = pair_of(module)
+    if pair is not None and pair.layer is module and id(pair.norm) not in modules:
+        del module.__dict__[PAIR]
+        _swap(module)
+
+
 def note_tensor(module: nn.Module, name: str, holder: str) -> None:
     """Mark the module's own parameter or buffer ``name`` as frozen, and note whether it requires a gradient.
 
@@ -250,6 +261,7 @@ def release_tensor(module: nn.Module, name: str, holders: Iterable[str]) -> None
         return
     del record.tensor_holders[name]
     requires_grad = record.requires_grad.pop(name, None)
+    forget(module)
     parameter = module._parameters.get(name)
     if parameter is not None and requires_grad is not None:
         parameter.requires_grad_(requires_grad)

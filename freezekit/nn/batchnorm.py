@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.nn import functional
 from freezekit.nn.bias import OptionalBias
-from freezekit.nn.checks import check_operands
+from freezekit.nn.checks import check_operands, quiet_in_trace
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
@@ -47,6 +47,7 @@ class _OwnForward(OptionalBias, _BatchNorm):
         """Normalise by the batch (training, or no running statistics) or by the running statistics."""
         return _batch_norm(self, input)
 
+    @quiet_in_trace
     def _normalise(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's, without hints
         tracks = self.training and self.track_running_stats

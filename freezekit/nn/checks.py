@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
 from torch import Tensor
 
 from freezekit.nn.kernels import compute_dtype
 
-__all__ = ["check_dtypes", "check_operands", "check_rank"]
+__all__ = ["check_dtypes", "check_operands", "check_rank", "quiet_in_trace"]
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Tensor])
+
+
+def quiet_in_trace(method: _Method) -> _Method:
+    """Decorate a forward: ``torch.jit.trace`` is not to warn of checks that hold for the traced shapes only.
+
+    >>> quiet_in_trace(torch.neg)(torch.ones(1))
+    tensor([-1.])
+    """
+
+    @functools.wraps(method)
+    def quiet(*args: Any) -> Tensor:
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
+            return method(*args)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            return method(*args)
+
+    return cast(_Method, quiet)
 
 
 def check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:

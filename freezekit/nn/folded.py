@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,8 @@ class Pair:
             rank == self.rank
             and layer is not None
             and norm is not None
+            and "forward" not in layer.__dict__
+            and "forward" not in norm.__dict__
             and not (layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks)
             and not (norm._forward_pre_hooks or norm._forward_hooks)
             and not (norm._backward_hooks or norm._backward_pre_hooks)
@@ -125,6 +127,13 @@ class _Folded(_Paired):
             return None
         norm: Any = pair.norm
         return (*norm._statistics(), norm.weight, norm.bias, norm.eps)
+
+    def _marked(self, input: Tensor, output: Tensor) -> Tensor:
+        """Leave a mark on what the BN is to pass on: anything else that reaches it, it computes on."""
+        pair = pair_of(cast("nn.Module", self))
+        if pair is not None and pair.folds(input.dim()) and not torch.compiler.is_compiling():
+            output.__dict__[PAIR] = pair
+        return output
 
     def _weights(self: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
         norm = self._statistics_and_affine(input)
@@ -213,7 +222,7 @@ class _FoldedConv(_Folded):
         output: Tensor | None = self._convolve(input, (0,) * len(self.kernel_size))
         if output is None:
             output = self._conv_forward(input, *self._weights(input))
-        return output
+        return cast(Tensor, self._marked(input, output))
 
 
 class _FoldedConvTranspose(_Folded):
@@ -231,12 +240,12 @@ class _FoldedConvTranspose(_Folded):
             weight, bias = self._weights(input)
             geometry = (self.stride, self.padding, self.dilation, True, output_padding, self.groups)
             output = torch.convolution(input, weight, bias, *geometry)
-        return output
+        return cast(Tensor, self._marked(input, output))
 
 
 class _FoldedLinear(_Folded):
     def forward(self: Any, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, *self._weights(input))
+        return cast(Tensor, self._marked(input, nn.functional.linear(input, *self._weights(input))))
 
 
 class _FoldedNorm(_Paired):
@@ -250,10 +259,16 @@ class _FoldedNorm(_Paired):
 
     def forward(self: Any, input: Tensor) -> Tensor:
         pair = pair_of(self)
-        if pair is None or not pair.folds(input.dim()):
+        folded = pair is not None and pair.folds(input.dim())
+        # A compiler sees the two called one after the other, as the tracing did that paired them.
+        if not folded or not (torch.compiler.is_compiling() or input.__dict__.get(PAIR) is pair):
             output: Tensor = super().forward(input)  # type: ignore[misc]
             return output
         check_rank(input, self._ranks)
+        if input.size(1) != self.num_features:
+            raise RuntimeError(
+                f"running_mean should contain {input.size(1)} elements not {self.num_features}"
+            )
         return input
 
 

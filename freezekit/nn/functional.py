@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from freezekit.nn.checks import check_dtypes, check_operands
-from freezekit.nn.kernels import (
+from freezekit.nn.batch_kernels import (
     BatchNormCompiled,
     BatchNormTrain,
+    ScaleAndShift,
     batch_norm_plain,
-    compute_dtype,
-    is_channels_last,
-    is_plain_eager,
+    scale_and_shift_plain,
 )
+from freezekit.nn.checks import check_dtypes, check_operands
+from freezekit.nn.kernels import compute_dtype, is_channels_last, is_plain_eager
 from freezekit.nn.row_kernels import GroupNorm, LayerNorm, group_norm_plain, layer_norm_plain
 
 __all__ = [
@@ -118,18 +118,19 @@ def batch_norm_eval(
     if eps < 0.0:
         raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     check_operands(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    centred = input.to(compute_dtype(input)) - _per_channel(running_mean, input)
+    mean = _per_channel(running_mean, input)
     deviation = (_per_channel(running_var, input) + eps).sqrt()
     # Divided, not multiplied by rsqrt: a division is correctly rounded on every device.
     scale = deviation.reciprocal() if weight is None else _per_channel(weight, input) / deviation
     shift = None if bias is None else _per_channel(bias, input)
-    if is_plain_eager(input) and not scale.requires_grad:
-        # The same bits as below in less memory; where the scale trains, its gradient needs `centred`.
-        output = centred.mul_(scale)
-        output = output if shift is None else output.add_(shift)
+    # All three have the same bits.
+    if not is_plain_eager(input) or mean.requires_grad:
+        (output,) = scale_and_shift_plain(input, scale, shift, mean)
+    elif scale.requires_grad and torch.is_grad_enabled():
+        output = ScaleAndShift.apply(input, scale, shift, mean)
     else:
-        output = centred * scale
-        output = output if shift is None else output + shift
+        output = (input.to(mean.dtype) - mean).mul_(scale)
+        output = output if shift is None else output.add_(shift)
     return as_input(output, input)
 
 
@@ -270,7 +271,8 @@ def layer_norm(
         RuntimeError: ``normalized_shape`` is empty or not what the input ends in, or an operand has another
             shape or a dtype that does not fit the input (:func:`check_operands`).
 
-    >>> layer_norm(torch.tensor([[1.0, 3.0], [7.0, 5.0]]), [2], torch.tensor([1.0, 2.0]), None, 1e-9)
+    >>> x, weight = torch.tensor([[1.0, 3.0], [7.0, 5.0]]), torch.tensor([1.0, 2.0])
+    >>> layer_norm(x, [2], weight, None, 1e-9).round(decimals=3)
     tensor([[-1.,  2.],
             [ 1., -2.]])
 
@@ -322,7 +324,7 @@ def instance_norm_train(
         RuntimeError: an operand does not fit the input (:func:`check_operands`).
 
     >>> output, mean, var = instance_norm_train(torch.tensor([[[1.0, 3.0]], [[5.0, 9.0]]]), None, None, 0.0)
-    >>> output.tolist(), mean.tolist(), var.tolist()
+    >>> output.round(decimals=3).tolist(), mean.tolist(), var.tolist()
     ([[[-1.0, 1.0]], [[-1.0, 1.0]]], [[2.0], [7.0]], [[1.0], [4.0]])
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022; ``torch.nn.functional.instance_norm``.

@@ -12,7 +12,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from freezekit.nn import functional
 from freezekit.nn.bias import OptionalBias
-from freezekit.nn.checks import check_operands
+from freezekit.nn.checks import check_operands, quiet_in_trace
 
 __all__ = ["GroupNorm", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm"]
 
@@ -41,12 +41,12 @@ def _instance_norm(layer: _OwnInstanceNorm, input: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def _layer_norm(layer: LayerNorm, input: Tensor) -> Tensor:
-    return functional.layer_norm(input, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+    return layer._normalise(input)
 
 
 @torch.fx.wrap
 def _group_norm(layer: GroupNorm, input: Tensor) -> Tensor:
-    return functional.group_norm(input, layer.num_groups, layer.weight, layer.bias, layer.eps)
+    return layer._normalise(input)
 
 
 class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
@@ -74,6 +74,7 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
         """Normalise by each instance, or in eval by the running statistics where they are tracked."""
         return _instance_norm(self, input)
 
+    @quiet_in_trace
     def _normalise(self, input: Tensor) -> Tensor:
         mean, var = self.running_mean, self.running_var
         if self.track_running_stats and not self.training:
@@ -221,6 +222,10 @@ class LayerNorm(nn.LayerNorm):
         """Normalise over the last dimensions."""
         return _layer_norm(self, input)
 
+    @quiet_in_trace
+    def _normalise(self, input: Tensor) -> Tensor:
+        return functional.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
 
 class GroupNorm(OptionalBias, nn.GroupNorm):
     """Group normalisation, a drop-in for ``torch.nn.GroupNorm``.
@@ -269,3 +274,7 @@ class GroupNorm(OptionalBias, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise each group of channels."""
         return _group_norm(self, input)
+
+    @quiet_in_trace
+    def _normalise(self, input: Tensor) -> Tensor:
+        return functional.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-__all__ = ["remembered"]
+__all__ = ["forget", "remembered"]
 
 _SMALL = 1 << 13
 """Tensors of up to so many elements are compared whole; of larger ones, one value in each row."""
@@ -40,7 +40,8 @@ def remembered(
     other values of a larger tensor only, or any uncounted write on another device, where comparing would
     make the host wait.
 
-    Nothing is remembered while compiling or tracing, or if a source trains.
+    Nothing is remembered while compiling or tracing or under a dispatch mode, and if a source trains what was
+    remembered is forgotten.
 
     Args:
         module: whom it is remembered for; forgotten with it.
@@ -57,7 +58,10 @@ def remembered(
 
     Source: PyTorch documentation, "In-place correctness checks", on version counters.
     """
-    if torch.compiler.is_compiling() or any(t is not None and t.requires_grad for t in sources):
+    if any(t is not None and t.requires_grad for t in sources):
+        forget(module)
+        return form()
+    if not _plain_run():
         return form()
     known = _formed.get(module)
     if known is not None and known[0] == eps and _unchanged(known[1], sources):
@@ -74,6 +78,24 @@ def remembered(
     if all(type(t) is Tensor for t in formed):
         _formed[module] = (eps, described, formed)
     return formed
+
+
+def forget(module: nn.Module) -> None:
+    """Drop what is remembered for the module, whose sources may now change uncounted.
+
+    >>> forget(nn.Identity())
+    """
+    _formed.pop(module, None)
+
+
+def _plain_run() -> bool:
+    """Tell whether ops just run: values cannot be compared, nor tensors kept, while a program is recorded."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _unchanged(known: list[_Source | None], sources: Sequence[Tensor | None]) -> bool:

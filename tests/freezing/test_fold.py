@@ -256,12 +256,85 @@ def test_what_folds_and_what_does_not(case: str) -> None:
     close(model.train(), expected, X)
 
 
-def test_what_the_forward_does_in_training_counts_where_it_will_train() -> None:
+@pytest.mark.parametrize("patterns", [["bn", "conv"], "*"])
+def test_what_the_forward_does_in_training_counts(patterns: Any) -> None:
     model = zoo.scramble(Block("in training"))
-    handle = freeze(model, ["bn", "conv"], convert="fold")
-    assert "used elsewhere" in handle.unfolded["bn"]
+    # held whole, an unfreeze may still wake it
+    assert "used elsewhere" in freeze(model, patterns, convert="fold").unfolded["bn"]
+
+
+class Branching(nn.Module):
+    """Something comes between convolution and BN, but a stand-in may not see it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.stash: Any = None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        if (self.kind == "argument left out" and skip is None) or (
+            self.kind == "no gradients" and not torch.is_grad_enabled()
+        ):
+            y = y.relu()
+        if self.kind == "kept":
+            self.stash = y
+        out: Tensor = self.bn(y)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["argument left out", "no gradients", "kept"])
+def test_what_comes_between_is_found(kind: str) -> None:
+    model, x = zoo.scramble(Branching(kind)).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        expected, stash = model(x), model.stash
+        handle = freeze(model, "*", convert="fold")
+        assert handle.kernels == {"bn": "affine"}
+        close(model, expected, x)
+    assert stash is None or torch.equal(model.stash, stash)
+
+
+def test_a_bn_that_gets_something_else_computes_on_it() -> None:
+    model = net().eval()
+    handle = freeze(model, "*", convert="fold")
+    x = torch.randn(2, 3, 6, 6)
+    kept = model.conv
+    model.conv = nn.Conv2d(3, 4, 3)
+    twin = net().eval()
+    twin.load_state_dict(model.state_dict())
+    close(model, twin(x), x)
+    model.conv = kept
+    model.conv.forward = lambda x: 2 * nn.Conv2d.forward(kept, x)
+    assert handle.kernels == {"bn": "affine"}
+    del model.conv.forward
+    assert handle.kernels == {"bn": "fold"}
+
+
+def test_undo_unfolds_a_convolution_whose_bn_has_left() -> None:
+    model = net().eval()
+    handle = freeze(model, "*", convert="fold")
+    left, model.bn = model.bn, nn.Identity()
     handle.undo()
-    assert freeze(model, "*", convert="fold").kernels == {"bn": "fold"}
+    assert type(model.conv) is nn.Conv2d
+    assert left is not model.bn
+
+
+def test_what_is_remembered_is_dropped_where_the_weight_may_move_unseen() -> None:
+    model = net().eval()
+    x = torch.randn(2, 3, 6, 6)
+    for _ in range(2):
+        handle = freeze(model, "*", convert="fold")
+        model(x)
+        unfreeze(model, "conv")
+        seen = model.conv.weight._version
+        model.conv.weight.data[:, :, 1:] += 1.0  # where no sample is taken, and not counted
+        assert model.conv.weight._version == seen
+        freeze(model, "conv")
+        twin = net().eval()
+        twin.load_state_dict(model.state_dict())
+        close(model, twin(x), x)
+        handle.undo()
 
 
 class Tapping(nn.Module):
@@ -306,8 +379,8 @@ class Writing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         torch.rand(3)
-        self.last = self.conv(x)
-        return self.bn(self.last)
+        self.last = x
+        return self.bn(self.conv(x))
 
 
 def test_finding_out_never_runs_or_writes_to_the_model() -> None:

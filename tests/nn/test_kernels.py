@@ -10,7 +10,7 @@ from norms import CASES, Case, assert_no_less_exact, assert_same, run
 from torch import Tensor, nn
 
 import freezekit.nn as own
-from freezekit.nn import kernels
+from freezekit.nn import batch_kernels, kernels
 
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -25,7 +25,7 @@ LAYOUTS = {
 def test_block_by_block_as_torch(
     case: Case, layout: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(batch_kernels, "_SMALL", 0)
     monkeypatch.setattr(kernels, "_BLOCK", block)
     mine, theirs = case.pair(dtype=torch.float64)
     x = LAYOUTS[layout](case.data(torch.float64, batch=7))
