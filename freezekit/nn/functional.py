@@ -324,7 +324,7 @@ def instance_norm_train(
         RuntimeError: an operand does not fit the input (:func:`check_operands`).
 
     >>> output, mean, var = instance_norm_train(torch.tensor([[[1.0, 3.0]], [[5.0, 9.0]]]), None, None, 0.0)
-    >>> output.round(decimals=3).tolist(), mean.tolist(), var.tolist()
+    >>> output.round(decimals=3).tolist(), mean.tolist(), var.round(decimals=3).tolist()
     ([[[-1.0, 1.0]], [[-1.0, 1.0]]], [[2.0], [7.0]], [[1.0], [4.0]])
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022; ``torch.nn.functional.instance_norm``.

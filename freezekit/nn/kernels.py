@@ -1,9 +1,9 @@
 """The training kernels: how :mod:`freezekit.nn.functional` computes in eager mode, in few passes over memory.
 
 Each kernel, in ``batch_kernels`` and ``row_kernels``, is an autograd function made of a few torch ops that
-write into one scratch block. The input is walked in blocks that stay in the cache between one op and the next,
-so what goes through memory is little more than a fused kernel would move. Where something else takes the ops
-apart (a compiler, an exporter, ``torch.func``) the plain formula beside each kernel is better, and
+write into one scratch block. The input is walked in blocks that stay in the cache between one op and the
+next, so what goes through memory is little more than a fused kernel would move. Where something else takes
+the ops apart (a compiler, an exporter, ``torch.func``) the plain formula beside each kernel is better, and
 :func:`is_plain_eager` says so.
 """
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from norms import CASES, Case, assert_no_less_exact, assert_same, run
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import freezekit.nn as own
 from freezekit.nn import batch_kernels, kernels
@@ -108,3 +110,92 @@ def test_large_inputs_no_less_exact_than_torch(case: Case, layout: str) -> None:
     oracle = copy.deepcopy(theirs).double()
     x, grad = LAYOUTS[layout](case.data()), LAYOUTS[layout](torch.randn(case.shape))
     assert_no_less_exact(run(mine, x, grad), run(theirs, x, grad), run(oracle, x.double(), grad.double()))
+
+
+SIZES = [2, 4000]
+"""Samples of a small input, and of one that is walked in blocks."""
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph:UserWarning")
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_hooks_and_kept_gradients_run_once_in_double_backward(case: Case, size: int) -> None:
+    found = []
+    for layer in case.pair(dtype=torch.float64):
+        torch.manual_seed(0)
+        leaf = case.data(torch.float64, batch=size).requires_grad_()
+        x = leaf * 2
+        x.retain_grad()
+        for tensor in (x, *layer.parameters()):
+            tensor.register_hook(lambda g: g * 3)
+        layer.train()(x).pow(3).sum().backward(create_graph=True)
+        found.append([leaf.grad.detach(), x.grad.detach(), *(p.grad.detach() for p in layer.parameters())])
+        leaf.grad = x.grad = None
+        layer.zero_grad()
+    assert_same(*found, 1e-8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_batches_of_gradients(case: Case, size: int) -> None:
+    found = []
+    for layer in case.pair(dtype=torch.float64):
+        torch.manual_seed(0)
+        x = case.data(torch.float64, batch=size).requires_grad_()
+        y = layer.train()(x)
+        grads = torch.randn(3, *y.shape, dtype=torch.float64)
+        found.append(torch.autograd.grad(y, [x, *layer.parameters()], grads, is_grads_batched=True))
+    assert_same(*found, 1e-8)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_recorded_and_fake(case: Case, size: int) -> None:
+    layer, x = case.mine(), case.data(batch=size)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert layer(mode.from_tensor(x)).shape == x.shape
+    if not case.tracks:
+        recorded = make_fx(layer)(x)
+        assert_same(recorded(x), layer(x), 1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight", [True, False])
+def test_layer_norm_with_half_of_its_parameters(weight: bool, bias: bool) -> None:
+    mine, theirs = Case("LayerNorm", (50,), (300, 50)).pair()
+    for layer in (mine, theirs):
+        layer.weight = layer.weight if weight else None
+        layer.bias = layer.bias if bias else None
+    x, grad = torch.randn(300, 50), torch.randn(300, 50)
+    assert_same(run(mine, x, grad), run(theirs, x, grad), 1e-4)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["bn2", "in2", "gn"])
+def test_a_bias_may_change_before_backward(name: str, size: int) -> None:
+    layer = CASES[name].mine()
+    layer.weight.requires_grad_(False)
+    loss = layer(CASES[name].data(batch=size).requires_grad_()).square().sum()
+    loss.backward(retain_graph=True)
+    with torch.no_grad():
+        layer.bias.add_(1.0)
+    loss.backward()
+
+
+@pytest.mark.parametrize("name", ["bn1-NC", "bn2", "in2-track"])
+def test_eval_with_a_trained_weight_keeps_the_input_alone(name: str) -> None:
+    case = CASES[name]
+    mine, theirs = case.pair(dtype=torch.float64)
+    x = case.data(torch.float64, batch=100).requires_grad_()
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mine.eval()(x)
+    assert {t.data_ptr() for t in kept if t.numel() >= x.numel()} == {x.data_ptr()}
+    grad = torch.randn_like(x)
+    assert_same(run(mine, x, grad), run(theirs.eval(), x, grad), 1e-9)
+    assert torch.autograd.gradgradcheck(mine, case.data(torch.float64).requires_grad_())
