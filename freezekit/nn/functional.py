@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# The compiler of torch 2.6 knows no symbolic sizes in an autograd function; 2.15's has been tried.
+_TRACES_FUNCTIONS = torch.__version__ >= (2, 15)
+
+
 def batch_norm_train(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,8 +77,10 @@ def batch_norm_train(
     if is_plain_eager(input):
         output, mean, var = BatchNormTrain.apply(input, weight, bias, eps)
         return output, mean, var
-    plain = BatchNormCompiled.apply if torch.compiler.is_compiling() else batch_norm_plain
-    output, mean, var = plain(input, weight, bias, eps)
+    if _TRACES_FUNCTIONS and torch.compiler.is_compiling():
+        output, mean, var = BatchNormCompiled.apply(input, weight, bias, eps)
+    else:
+        output, mean, var = batch_norm_plain(input, weight, bias, eps)
     return as_input(output, input), mean, var
 
 
