@@ -33,7 +33,7 @@ __all__ = [
 
 
 # The compiler of torch 2.6 knows no symbolic sizes in an autograd function; 2.15's has been tried.
-_TRACES_FUNCTIONS = torch.__version__ >= (2, 15)
+_TRACES_FUNCTIONS = torch.__version__ >= "2.15"  # compared as a version
 
 
 def batch_norm_train(
