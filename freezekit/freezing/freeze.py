@@ -153,12 +153,13 @@ def freeze_backbone(
         model: the model; found out by itself for every ``torchvision.models`` classification model.
         head: what is to train, if that cannot be told: names (``"classifier.6"``), globs or modules.
         backbone: what is to freeze, likewise; by default everything but the head.
-        bn: ``"freeze"``, or ``"freeze_stats"`` to let gamma and beta of the BN layers train.
+        bn: ``"freeze"``, or ``"freeze_stats"``: gamma and beta of the BN layers keep training, if they do.
         convert: what computes the frozen BN layers. ``None``: what torch's eval mode runs, bit-identical to
             it. ``"affine"``: one scale and one shift, faster, and within rounding
             (:class:`freezekit.nn.FrozenAffine` has the tolerance). ``"fold"``: nothing at all, where the
             scale can go into the convolution or linear layer before; elsewhere affine, and ``.unfolded``
-            says why. That layer then gives what BN gives, also to someone who calls it by itself.
+            says why. That layer then gives what BN gives, also to someone who calls it by itself: take taps
+            of it, or layers out of the model, only after ``undo()``. Python's forwards are traced on a copy.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.

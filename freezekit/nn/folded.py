@@ -261,7 +261,7 @@ class _FoldedNorm(_Paired):
         pair = pair_of(self)
         folded = pair is not None and pair.folds(input.dim())
         # A compiler sees the two called one after the other, as the tracing did that paired them.
-        if not folded or not (torch.compiler.is_compiling() or input.__dict__.get(PAIR) is pair):
+        if not folded or not (torch.compiler.is_compiling() or input.__dict__.pop(PAIR, None) is pair):
             output: Tensor = super().forward(input)  # type: ignore[misc]
             return output
         check_rank(input, self._ranks)

@@ -311,6 +311,12 @@ def test_a_bn_that_gets_something_else_computes_on_it() -> None:
     assert handle.kernels == {"bn": "fold"}
 
 
+def test_an_output_carries_nothing_of_freezekit() -> None:
+    model = net()[:2]
+    freeze(model, "*", convert="fold")
+    assert model(torch.randn(2, 3, 6, 6)).__dict__ == {}
+
+
 def test_undo_unfolds_a_convolution_whose_bn_has_left() -> None:
     model = net().eval()
     handle = freeze(model, "*", convert="fold")
