@@ -153,7 +153,7 @@ def group_norm_plain(
     x = input.to(compute_dtype(input))
     grouped = x.unflatten(1, (groups, -1))
     centred, mean, var = centre(grouped, list(range(2, grouped.dim())))
-    y = (centred / _divisor(var, eps, groups == x.size(1)).sqrt()).flatten(1, 2)
+    y = (centred * _divisor(var, eps, groups == x.size(1)).rsqrt()).flatten(1, 2)
     shape = [-1] + [1] * (x.dim() - 2)
     y = y if weight is None else y * weight.reshape(shape)
     return y if bias is None else y + bias.reshape(shape), mean.flatten(1), var.flatten(1)
@@ -233,7 +233,7 @@ def layer_norm_plain(
     """Compute as :class:`LayerNorm` does, op by op, for compilers and further differentiation."""
     x = input.to(compute_dtype(input))
     centred, _, var = centre(x, list(range(-len(shape), 0)))
-    y = centred / (var + eps).sqrt()
+    y = centred * (var + eps).rsqrt()
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias,)
 
