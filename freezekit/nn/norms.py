@@ -95,6 +95,8 @@ class _OwnInstanceNorm(OptionalBias, _InstanceNorm):
             # torch has no cumulative average here: without a momentum the statistics stay.
             factor = 0.0 if self.momentum is None else self.momentum
             moments = instance_mean.mean(0), instance_var.mean(0)
+            # By an alias, as torch: torch.func lets a function write to nothing that was made outside it.
+            mean, var = torch.ops.aten.alias(mean), torch.ops.aten.alias(var)
             functional.update_running_stats(mean, var, *moments, math.prod(input.shape[2:]), factor)
         return output
 

@@ -137,11 +137,7 @@ TRANSFORMS: dict[str, Callable[[Any, dict[str, Tensor], Tensor], Any]] = {
 @every_case
 @every_mode
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform: str, case: Case, training: bool, request: pytest.FixtureRequest) -> None:
-    statistics = "InstanceNorm" in case.name and case.tracks and training
-    if statistics and transform in ("grad", "jvp", "jacrev", "jacfwd", "hessian"):
-        reason = "running statistics written to inside a grad transform: torch's C++ can, tensor ops cannot"
-        request.applymarker(pytest.mark.xfail(reason=reason))
+def test_transforms(transform: str, case: Case, training: bool) -> None:
     x = small(case)
     if transform == "ensemble" and not list(case.mine().parameters()):
         pytest.skip("no parameters to stack")
