@@ -24,6 +24,13 @@ __all__ = [
 ]
 
 
+def _torch_inference(
+    input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Call torch's inference op: the one place that may, for its bits are what freezing promises."""
+    return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+
+
 class _Inference(torch.autograd.Function):
     """torch's inference op, whose own backward would keep the whole input alive for nothing.
 
@@ -38,7 +45,7 @@ class _Inference(torch.autograd.Function):
     def forward(
         input: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> Tensor:
-        return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+        return _torch_inference(input, mean, var, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -76,7 +83,7 @@ def _infer(
     if torch.is_grad_enabled() and input.requires_grad and not trains:
         output: Tensor = _Inference.apply(input, mean, var, weight, bias, eps)
         return output
-    return F.batch_norm(input, mean, var, weight, bias, training=False, momentum=0.0, eps=eps)
+    return _torch_inference(input, mean, var, weight, bias, eps)
 
 
 class _FrozenBatchNorm(Held, _NormBase):

@@ -19,7 +19,7 @@ from freezekit.nn.batch_kernels import (
     scale_and_shift_plain,
 )
 from freezekit.nn.checks import check_dtypes, check_operands
-from freezekit.nn.kernels import compute_dtype, is_channels_last, is_plain_eager
+from freezekit.nn.kernels import compute_dtype, is_plain_eager, memory_format
 from freezekit.nn.row_kernels import GroupNorm, LayerNorm, group_norm_plain, layer_norm_plain
 
 __all__ = [
@@ -190,14 +190,11 @@ def _per_channel(values: Tensor, input: Tensor) -> Tensor:
 
 def as_input(output: Tensor, input: Tensor) -> Tensor:
     """Give the output the dtype of the input, and its memory format: channels-last or else contiguous."""
-    output = output.to(input.dtype)
-    if not is_channels_last(input):
-        return output.contiguous()
-    if is_channels_last(output):  # asked first, for vmap knows of no memory format
+    output, wanted = output.to(input.dtype), memory_format(input)
+    # Asked for only where it is not there yet, for vmap knows of no channels-last.
+    if wanted != torch.contiguous_format and memory_format(output) == wanted:
         return output
-    return output.contiguous(
-        memory_format=torch.channels_last if input.dim() == 4 else torch.channels_last_3d
-    )
+    return output.contiguous(memory_format=wanted)
 
 
 def group_norm(
@@ -338,9 +335,9 @@ def instance_norm_train(
     if math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
     check_operands(input, weight=weight, bias=bias)
-    # A copy, so that the weight may change before backward, as torch's may.
-    weight, bias = None if weight is None else weight.clone(), _computed(input, bias)
-    weight = _computed(input, weight)
+    weight, bias = _computed(input, weight), _computed(input, bias)
+    if weight is not None:
+        weight = weight.clone()  # so that it may change before backward, as torch's may
     compute = GroupNorm.apply if is_plain_eager(input) else group_norm_plain
     output, mean, var = compute(input, weight, bias, eps, input.size(1))
     return as_input(output, input), mean, var

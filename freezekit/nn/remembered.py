@@ -9,6 +9,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from freezekit.nn.kernels import runs_plainly
+
 __all__ = ["forget", "remembered"]
 
 _SMALL = 1 << 13
@@ -61,7 +63,7 @@ def remembered(
     if any(t is not None and t.requires_grad for t in sources):
         forget(module)
         return form()
-    if not _plain_run():
+    if not runs_plainly():  # what is recorded or transformed can be neither compared nor kept
         return form()
     known = _formed.get(module)
     if known is not None and known[0] == eps and _unchanged(known[1], sources):
@@ -86,16 +88,6 @@ def forget(module: nn.Module) -> None:
     >>> forget(nn.Identity())
     """
     _formed.pop(module, None)
-
-
-def _plain_run() -> bool:
-    """Tell whether ops just run: values cannot be compared, nor tensors kept, while a program is recorded."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def _unchanged(known: list[_Source | None], sources: Sequence[Tensor | None]) -> bool:

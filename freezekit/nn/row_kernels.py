@@ -15,6 +15,7 @@ from torch import Tensor
 
 from freezekit.nn.kernels import (
     blocks_of,
+    centre,
     compute_dtype,
     dense,
     differentiate,
@@ -236,12 +237,3 @@ def layer_norm_plain(
     y = centred * (var + eps).rsqrt()
     y = y if weight is None else y * weight
     return (y if bias is None else y + bias,)
-
-
-def centre(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the mean over ``dims``, in two steps as batch_norm_plain; give it and the variance too."""
-    shift = x.detach().mean(dims, keepdim=True)
-    centred = x - shift
-    rest = centred.mean(dims, keepdim=True)
-    centred = centred - rest
-    return centred, mean_of(shift, rest), centred.square().mean(dims, keepdim=True)
