@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from freezekit.nn.checks import check_rank
+from freezekit.nn.checks import check_channels
 from freezekit.nn.frozen import (
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
@@ -72,10 +72,8 @@ def _apply(input: Tensor, scale: Tensor, shift: Tensor, ranks: tuple[int, ...]) 
     Either way of computing gives an element the same bits wherever it lies in the batch: the first rounds
     twice, the second multiplies and adds in one instruction, or in two, in all of a build of torch.
     """
-    check_rank(input, ranks)
     channels = scale.numel()
-    if input.size(1) != channels:  # which broadcasting could hide
-        raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
+    check_channels(input, ranks, channels)
     if not input.is_floating_point():
         raise NotImplementedError(f'"batch_norm" not implemented for {input.dtype}')
     x = input if input.dtype == scale.dtype else input.to(torch.promote_types(input.dtype, scale.dtype))

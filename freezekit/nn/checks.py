@@ -12,7 +12,7 @@ from torch import Tensor
 
 from freezekit.nn.kernels import compute_dtype
 
-__all__ = ["check_dtypes", "check_operands", "check_rank", "quiet_in_trace"]
+__all__ = ["check_channels", "check_dtypes", "check_operands", "check_rank", "quiet_in_trace"]
 
 
 _Method = TypeVar("_Method", bound=Callable[..., Tensor])
@@ -58,6 +58,22 @@ def check_rank(input: Tensor, ranks: tuple[int, ...]) -> None:
     elif input.dim() not in ranks:
         expected = " or ".join(f"{rank}D" for rank in ranks)
         raise ValueError(f"expected {expected} input (got {input.dim()}D input)")
+
+
+def check_channels(input: Tensor, ranks: tuple[int, ...], channels: int) -> None:
+    """Refuse an input of another rank or number of channels than a frozen layer takes.
+
+    Raises:
+        ValueError: the input has another rank (:func:`check_rank`).
+        RuntimeError: it has another number of channels, which broadcasting could hide.
+
+    >>> check_channels(torch.ones(2, 3), (2, 3), 4)
+    Traceback (most recent call last):
+    RuntimeError: running_mean should contain 3 elements not 4
+    """
+    check_rank(input, ranks)
+    if input.size(1) != channels:
+        raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
 
 
 def check_operands(input: Tensor, **operands: Tensor | None) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from freezekit.nn.affine import FrozenAffine, FrozenAffine1d, FrozenAffine2d, FrozenAffine3d, scale_and_shift
-from freezekit.nn.checks import check_rank
-from freezekit.nn.kernels import differentiate, is_plain_eager
+from freezekit.nn.checks import check_channels
+from freezekit.nn.kernels import differentiate, is_differentiated, is_plain_eager
 from freezekit.nn.remembered import remembered
 
 __all__ = ["FOLDABLE", "PAIR", "Pair", "folded_class", "pair_of"]
@@ -120,27 +120,16 @@ class _Folded(_Paired):
         reduced = super().__reduce_ex__(protocol)
         return (_new_folded, (self._freezekit_unfolded,), *reduced[2:])
 
-    def _statistics_and_affine(self: Any, input: Tensor) -> tuple[Any, ...] | None:
-        """Return what :func:`scale_and_shift` takes, if the BN is folded for this input."""
-        pair = pair_of(self)
-        if pair is None or not pair.folds(input.dim()):
-            return None
-        norm: Any = pair.norm
-        return (*norm._statistics(), norm.weight, norm.bias, norm.eps)
-
-    def _marked(self, input: Tensor, output: Tensor) -> Tensor:
-        """Leave a mark on what the BN is to pass on: anything else that reaches it, it computes on."""
+    def _folding(self, input: Tensor) -> Pair | None:
+        """Return the pair, if the BN is folded for this input."""
         pair = pair_of(cast("nn.Module", self))
-        if pair is not None and pair.folds(input.dim()) and not torch.compiler.is_compiling():
-            output.__dict__[PAIR] = pair
-        return output
+        return pair if pair is not None and pair.folds(input.dim()) else None
 
-    def _weights(self: Any, input: Tensor) -> tuple[Tensor, Tensor | None]:
-        norm = self._statistics_and_affine(input)
-        weight, bias = self.weight, self.bias
-        if norm is None:
-            return weight, bias
-        mean, var, gamma, beta, eps = norm
+    def _weights(self: Any, norm: Any) -> tuple[Tensor, Tensor]:
+        """Return the weight and the bias that have the BN ``norm`` folded in."""
+        weight, bias, eps = self.weight, self.bias, norm.eps
+        mean, var = norm._statistics()
+        gamma, beta = norm.weight, norm.bias
 
         def form() -> tuple[Tensor, Tensor]:
             scale, shift = scale_and_shift(mean, var, gamma, beta, eps, bias)
@@ -150,23 +139,33 @@ class _Folded(_Paired):
         folded, shift = remembered(self, (weight, bias, mean, var, gamma, beta), eps, form)
         return folded, shift
 
-    def _convolve(self: Any, input: Tensor, output_padding: Sequence[int]) -> Tensor | None:
+    def _convolve(self: Any, input: Tensor, norm: Any, output_padding: Sequence[int]) -> Tensor | None:
         """Convolve keeping no folded weight for backward, where that is worth something and can be done."""
-        weight = self.weight
+        weight, gamma = self.weight, norm.weight
+        worth = weight.requires_grad and torch.is_grad_enabled()
+        fixed = gamma is None or not gamma.requires_grad
         plain = is_plain_eager(input) and not torch.is_autocast_enabled(input.device.type)
-        if not (plain and weight.requires_grad and torch.is_grad_enabled()):
+        if not (worth and fixed and plain) or self.padding_mode != "zeros" or isinstance(self.padding, str):
             return None
-        norm = self._statistics_and_affine(input)
-        if norm is None or self.padding_mode != "zeros" or isinstance(self.padding, str):
-            return None
-        mean, var, gamma, beta, eps = norm
-        scale, shift = scale_and_shift(mean, var, gamma, beta, eps, self.bias)
-        if scale.requires_grad:
-            return None
-        groups = self.groups
-        geometry = (self.stride, self.padding, self.dilation, self._transposed, output_padding, groups)
+        mean, var = norm._statistics()
+        scale, shift = scale_and_shift(mean, var, gamma, norm.bias, norm.eps, self.bias)
+        geometry = (
+            self.stride,
+            self.padding,
+            self.dilation,
+            self._transposed,
+            output_padding,
+            self.groups,
+        )
         output: Tensor = _Convolution.apply(input, weight, shift.to(weight.dtype), scale, *geometry)
         return output
+
+
+def _mark(output: Tensor, pair: Pair) -> Tensor:
+    """Mark what the BN is to pass on: on anything else that reaches it, it computes."""
+    if not torch.compiler.is_compiling():
+        output.__dict__[PAIR] = pair
+    return output
 
 
 def _scaled(weight: Tensor, scale: Tensor, groups: int | None) -> Tensor:
@@ -201,7 +200,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, shift, scale = ctx.saved_tensors
         constant = (None,) * (1 + len(ctx.geometry))
-        if torch.is_grad_enabled():  # differentiated again
+        if is_differentiated(grad):
             found = differentiate(
                 lambda *operands: _convolution_plain(*operands, scale, *ctx.geometry),
                 (input, weight, shift),
@@ -219,33 +218,42 @@ class _Convolution(torch.autograd.Function):
 
 class _FoldedConv(_Folded):
     def forward(self: Any, input: Tensor) -> Tensor:
-        output: Tensor | None = self._convolve(input, (0,) * len(self.kernel_size))
+        pair = self._folding(input)
+        if pair is None:
+            return cast(Tensor, super().forward(input))  # type: ignore[misc]
+        output = self._convolve(input, pair.norm, (0,) * len(self.kernel_size))
         if output is None:
-            output = self._conv_forward(input, *self._weights(input))
-        return cast(Tensor, self._marked(input, output))
+            output = self._conv_forward(input, *self._weights(pair.norm))
+        return _mark(output, pair)
 
 
 class _FoldedConvTranspose(_Folded):
     _transposed = True
 
     def forward(self: Any, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        pair = self._folding(input)
+        if pair is None:
+            return cast(Tensor, super().forward(input, output_size))  # type: ignore[misc]
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for {type(self).__name__}")
         dims = len(self.kernel_size)
         output_padding = self._output_padding(
             input, output_size, self.stride, self.padding, self.kernel_size, dims, self.dilation
         )
-        output: Tensor | None = self._convolve(input, output_padding)
+        output = self._convolve(input, pair.norm, output_padding)
         if output is None:
-            weight, bias = self._weights(input)
+            weight, bias = self._weights(pair.norm)
             geometry = (self.stride, self.padding, self.dilation, True, output_padding, self.groups)
             output = torch.convolution(input, weight, bias, *geometry)
-        return cast(Tensor, self._marked(input, output))
+        return _mark(output, pair)
 
 
 class _FoldedLinear(_Folded):
     def forward(self: Any, input: Tensor) -> Tensor:
-        return cast(Tensor, self._marked(input, nn.functional.linear(input, *self._weights(input))))
+        pair = self._folding(input)
+        if pair is None:
+            return cast(Tensor, super().forward(input))  # type: ignore[misc]
+        return _mark(nn.functional.linear(input, *self._weights(pair.norm)), pair)
 
 
 class _FoldedNorm(_Paired):
@@ -264,11 +272,7 @@ class _FoldedNorm(_Paired):
         if not folded or not (torch.compiler.is_compiling() or input.__dict__.pop(PAIR, None) is pair):
             output: Tensor = super().forward(input)  # type: ignore[misc]
             return output
-        check_rank(input, self._ranks)
-        if input.size(1) != self.num_features:
-            raise RuntimeError(
-                f"running_mean should contain {input.size(1)} elements not {self.num_features}"
-            )
+        check_channels(input, self._ranks, self.num_features)
         return input
 
 
