@@ -15,16 +15,16 @@ _HOME = {
     "DriftAuditor": "freezekit.audit.monitor",
     "DriftReport": "freezekit.audit.findings",
     "Finding": "freezekit.audit.findings",
-    "Freeze": "freezekit.freezing.freeze",
+    "Freeze": "freezekit.freezing.handle",
     "Selection": "freezekit.freezing.selection",
     "audit_checkpoint": "freezekit.audit.files",
     "convert_batchnorm": "freezekit.freezing.convert",
-    "find_backbone": "freezekit.freezing.selection",
+    "find_backbone": "freezekit.freezing.discovery",
     "freeze": "freezekit.freezing.freeze",
     "freeze_backbone": "freezekit.freezing.freeze",
-    "is_frozen": "freezekit.freezing.freeze",
-    "trainable_parameters": "freezekit.freezing.freeze",
-    "unfreeze": "freezekit.freezing.freeze",
+    "is_frozen": "freezekit.freezing.handle",
+    "trainable_parameters": "freezekit.freezing.handle",
+    "unfreeze": "freezekit.freezing.release",
     "CheckpointError": "freezekit.errors",
     "DriftError": "freezekit.errors",
     "DriftWarning": "freezekit.errors",
@@ -62,15 +62,11 @@ if TYPE_CHECKING:
     from freezekit.audit.monitor import DriftAuditor
     from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
     from freezekit.freezing.convert import convert_batchnorm
-    from freezekit.freezing.freeze import (
-        Freeze,
-        freeze,
-        freeze_backbone,
-        is_frozen,
-        trainable_parameters,
-        unfreeze,
-    )
-    from freezekit.freezing.selection import Selection, find_backbone
+    from freezekit.freezing.discovery import find_backbone
+    from freezekit.freezing.freeze import freeze, freeze_backbone
+    from freezekit.freezing.handle import Freeze, is_frozen, trainable_parameters
+    from freezekit.freezing.release import unfreeze
+    from freezekit.freezing.selection import Selection
 
 
 def __getattr__(name: str) -> Any:

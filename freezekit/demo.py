@@ -22,7 +22,8 @@ from freezekit.audit.files import audit_checkpoint
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.monitor import DriftAuditor
 from freezekit.errors import FreezekitError
-from freezekit.freezing.freeze import freeze_backbone, trainable_parameters
+from freezekit.freezing.freeze import freeze_backbone
+from freezekit.freezing.handle import trainable_parameters
 
 __all__ = ["Arm", "run"]
 

@@ -1,0 +1,171 @@
+"""The handle of a freeze in force, and what can be asked of a model about freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from freezekit.errors import SelectionError
+from freezekit.freezing import holding
+from freezekit.freezing.folding import describe
+from freezekit.freezing.release import release_all, unfreeze
+from freezekit.freezing.selection import Selection, names_of, require_module, tensors_of
+from freezekit.patterns import select
+
+__all__ = ["Freeze", "is_frozen", "trainable_parameters"]
+
+
+class Freeze:
+    """A freeze in force: what it covers, and how to end it.
+
+    Returned by :func:`freeze_backbone` and :func:`freeze`. ``str()`` of it is a table. As a context manager
+    it undoes itself at the end of the block.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    >>> from freezekit import freeze
+    >>> with freeze(model, ["0", "1"]) as handle:
+    ...     handle.trainable
+    ['2.weight', '2.bias']
+    >>> model[1].training, model[1].weight.requires_grad
+    (True, True)
+    """
+
+    def __init__(
+        self, model: nn.Module, holder: str, selection: Selection | None, kept: dict[str, str] | None = None
+    ) -> None:
+        self.model = model
+        self.selection = selection
+        """Which part was taken for backbone and head and why; ``None`` for :func:`freeze`."""
+        self._holder = holder
+        self._kept = kept
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the parameters and buffers this freeze holds, tied ones under each of their names."""
+        return [
+            name
+            for name, owner, own, _ in tensors_of(self.model)
+            if self._holder in holding.holders_of(owner, own)
+        ]
+
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the parameters of the model that still train."""
+        tensors = tensors_of(self.model)
+        return [name for name, _, _, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What each BN layer this freeze holds is computed by: ``"exact"``, ``"affine"`` or ``"fold"``."""
+        return {
+            name: holding.kernel_of(module)
+            for name, module in self.model.named_modules()
+            if self._holder in holding.holders_of(module) and holding.is_batchnorm(module)
+        }
+
+    @property
+    def unfolded(self) -> dict[str, str]:
+        """Why those BN layers are not computed in the way that ``convert=`` asked for, by name."""
+        kernels = self.kernels
+        return {name: why for name, why in (self._kept or {}).items() if name in kernels}
+
+    def undo(self) -> None:
+        """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.
+
+        Layers another freeze still holds stay frozen until that one is undone too.
+
+        Raises:
+            FreezekitError: the class of a layer was changed meanwhile; nothing is undone then.
+        """
+        release_all(self.model, {self._holder}, adopt_mode=False)
+
+    def unfreeze(self, patterns: str | Iterable[str] = "*") -> None:
+        """As :func:`unfreeze`, for this model."""
+        unfreeze(self.model, patterns)
+
+    def __enter__(self) -> Freeze:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"<Freeze of {type(self.model).__name__}: {len(self.frozen)} tensors frozen>"
+
+    def __str__(self) -> str:
+        frozen = set(self.frozen)
+        rows: list[tuple[str, ...]] = [("layer", "type", "frozen", "trainable", "held norms")]
+        total = [0, 0, 0]
+        for child_name, child in [*self.model.named_children(), ("", self.model)]:
+            tensors = [
+                (name, t)
+                for name, owner, _, t in tensors_of(child, child_name)
+                if child_name or owner is self.model
+            ]
+            counts = [
+                sum(t.numel() for n, t in tensors if n in frozen and isinstance(t, nn.Parameter)),
+                sum(t.numel() for n, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
+                sum(holding.is_held(m) and _is_norm(m) for m in child.modules()) if child_name else 0,
+            ]
+            if tensors and (child_name or any(counts)):
+                total = [a + b for a, b in zip(total, counts, strict=True)]
+                rows.append((child_name or "(own)", type(child).__name__, *(f"{n:,}" for n in counts)))
+        rows.append(("total", type(self.model).__name__, *(f"{n:,}" for n in total)))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if k < 2 else cell.rjust(w)
+                for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        lines += [f"rule: {self.selection.rule}"] if self.selection else []
+        lines += [] if self._kept is None else describe(self.kernels, self.unfolded)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def is_frozen(model: nn.Module, name: str) -> bool:
+    """Tell whether freezekit has frozen the layer, parameter or buffer called ``name``.
+
+    Args:
+        model: the model.
+        name: dotted name of a module, parameter or buffer; ``""`` is the model itself.
+
+    Raises:
+        SelectionError: the model has nothing of that name.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    >>> from freezekit import freeze
+    >>> handle = freeze(model, "1")
+    >>> is_frozen(model, "1.running_mean"), is_frozen(model, "0")
+    (True, False)
+    """
+    require_module(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if name in modules:
+        return holding.is_held(modules[name])
+    for full, owner, own, _ in tensors_of(model):
+        if full == name:
+            return bool(holding.holders_of(owner, own))
+    select([name], names_of(model), where="name")
+    raise SelectionError(
+        "a glob names more than one thing", where="name", got=repr(name), remedy="give one name"
+    )
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train, for the optimizer.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> from freezekit import freeze
+    >>> handle = freeze(model, "0")
+    >>> [tuple(p.shape) for p in trainable_parameters(model)]
+    [(2, 4), (2,)]
+    """
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return hasattr(module, "running_mean")
