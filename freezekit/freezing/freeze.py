@@ -11,7 +11,7 @@ from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding
 from freezekit.freezing.discovery import select_backbone
 from freezekit.freezing.folding import make_plan
-from freezekit.freezing.handle import Freeze
+from freezekit.freezing.handle import Choices, Freeze
 from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared, refuse_unknown
 from freezekit.freezing.selection import Names, Selection, names_of, resolve, tensors_of
 from freezekit.patterns import select
@@ -26,6 +26,7 @@ def freeze_backbone(
     backbone: Names | None = None,
     bn: str = "freeze",
     convert: str | None = None,
+    hold: str = "all",
 ) -> Freeze:
     """Freeze a model's backbone, so that only its head trains.
 
@@ -38,13 +39,16 @@ def freeze_backbone(
         model: the model; found out by itself for every ``torchvision.models`` classification model.
         head: what is to train, if that cannot be told: names (``"classifier.6"``), globs or modules.
         backbone: what is to freeze, likewise; by default everything but the head.
-        bn: ``"freeze"``, or ``"freeze_stats"``: gamma and beta of the BN layers keep training, if they do.
+        bn: what becomes of the BN layers. ``"freeze"``; ``"freeze_stats"``: gamma and beta keep training, if
+            they do; ``"train"``: they stay as they are, statistics and all.
         convert: what computes the frozen BN layers. ``None``: what torch's eval mode runs, bit-identical to
             it. ``"affine"``: one scale and one shift, faster, and within rounding
             (:class:`freezekit.nn.FrozenAffine` has the tolerance). ``"fold"``: nothing at all, where the
             scale can go into the convolution or linear layer before; elsewhere affine, and ``.unfolded``
             says why. That layer then gives what BN gives, also to someone who calls it by itself: take taps
             of it, or layers out of the model, only after ``undo()``. Python's forwards are traced on a copy.
+        hold: what is kept in eval mode. ``"all"``; ``"norm"``: only what keeps state beside its parameters,
+            such as norm layers, so that dropout and stochastic depth stay alive and follow ``train()``.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -70,10 +74,17 @@ def freeze_backbone(
             got=", ".join(selection.head[:4]),
             remedy="name a smaller head",
         )
-    return _freeze(model, selection.backbone, selection, bn, convert)
+    return _freeze(model, selection.backbone, selection, Choices(bn, convert, hold))
 
 
-def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: str | None = None) -> Freeze:
+def freeze(
+    model: nn.Module,
+    patterns: Names,
+    *,
+    bn: str = "freeze",
+    convert: str | None = None,
+    hold: str = "all",
+) -> Freeze:
     """Freeze the layers and parameters that patterns name.
 
     A layer's name stands for everything below it. A layer is held in eval mode when all of it is frozen; a
@@ -85,6 +96,7 @@ def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: st
             modules of the model. A tied parameter is frozen under all its names.
         bn: as for :func:`freeze_backbone`.
         convert: as for :func:`freeze_backbone`.
+        hold: as for :func:`freeze_backbone`.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -100,13 +112,11 @@ def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: st
     Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
     evaluation mode, which it calls orthogonal to it.
     """
-    return _freeze(model, resolve(model, patterns, "patterns"), None, bn, convert)
+    return _freeze(model, resolve(model, patterns, "patterns"), None, Choices(bn, convert, hold))
 
 
-def _freeze(
-    model: nn.Module, names: Iterable[str], selection: Selection | None, bn: str, convert: str | None
-) -> Freeze:
-    refuse_unknown(bn, convert)
+def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None, choices: Choices) -> Freeze:
+    refuse_unknown(*choices)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FreezekitError(
             "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
@@ -117,21 +127,34 @@ def _freeze(
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = list(tensors_of(model))
     chosen = set(select(names, names_of(model), where="names"))
-    held = _whole_modules(model, chosen)
+    whole = _whole_modules(model, chosen)
+    refuse_lone_buffers(tensors, chosen, whole, complement=selection is not None)
+    batchnorms = {id(m) for m in whole.values() if holding.is_batchnorm(m)}
+    live = batchnorms if choices.bn == "train" else set()
+    held = {
+        key: m for key, m in whole.items() if key not in live and (choices.hold == "all" or _has_state(m))
+    }
     refuse_impossible(modules, held)
-    refuse_lone_buffers(tensors, chosen, held, complement=selection is not None)
     if selection is not None:
         refuse_shared(modules, tensors, chosen)
-    norms = {name: m for name, m in model.named_modules() if id(m) in held and holding.is_batchnorm(m)}
-    plan = make_plan(model, norms, convert)
-    train = {id(m) for m in norms.values()} if bn == "freeze_stats" else set()
+    norms = {name: m for name, m in model.named_modules() if id(m) in held and id(m) in batchnorms}
+    plan = make_plan(model, norms, choices.convert)
+    train = batchnorms if choices.bn != "freeze" else set()
     tied = {
         id(t)
         for name, owner, own, t in tensors
-        if (name in chosen or id(owner) in held) and not (id(owner) in train and own in owner._parameters)
+        if (name in chosen or id(owner) in whole)
+        and not (id(owner) in live or (id(owner) in train and own in owner._parameters))
     }
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
-    handle = Freeze(model, secrets.token_hex(8), selection, None if plan is None else plan.kept)
+    if not frozen and not held:
+        raise SelectionError(
+            "nothing is left to freeze",
+            where="bn=",
+            got=repr(choices.bn),
+            remedy="name more than BN layers, or choose another bn=",
+        )
+    handle = Freeze(model, secrets.token_hex(8), selection, choices, None if plan is None else plan.kept)
     try:
         for owner, own in frozen:
             holding.note_tensor(owner, own, handle._holder)
@@ -139,12 +162,20 @@ def _freeze(
             holding.stop_gradient(owner, own)
         for module in held.values():
             holding.hold_module(module, handle._holder)
+        for owner, own in frozen:
+            if own in owner._buffers and id(owner) not in held:
+                holding.pin_buffers(owner)
         if plan is not None:
             plan.carry_out(norms)
     except BaseException:
         handle.undo()  # all or nothing
         raise
     return handle
+
+
+def _has_state(module: nn.Module) -> bool:
+    """Tell whether the module keeps state beside parameters, as norm layers with statistics do."""
+    return bool(module._buffers) or holding.is_batchnorm(module)
 
 
 def _whole_modules(model: nn.Module, chosen: set[str]) -> dict[int, nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,7 +14,15 @@ from freezekit.freezing.release import release_all, unfreeze
 from freezekit.freezing.selection import Selection, names_of, require_module, tensors_of
 from freezekit.patterns import select
 
-__all__ = ["Freeze", "is_frozen", "trainable_parameters"]
+__all__ = ["Choices", "Freeze", "is_frozen", "trainable_parameters"]
+
+
+class Choices(NamedTuple):
+    """What a freeze does with BN, by what it is computed, and what it keeps in eval mode."""
+
+    bn: str = "freeze"
+    convert: str | None = None
+    hold: str = "all"
 
 
 class Freeze:
@@ -33,11 +41,18 @@ class Freeze:
     """
 
     def __init__(
-        self, model: nn.Module, holder: str, selection: Selection | None, kept: dict[str, str] | None = None
+        self,
+        model: nn.Module,
+        holder: str,
+        selection: Selection | None,
+        choices: Choices,
+        kept: dict[str, str] | None = None,
     ) -> None:
         self.model = model
         self.selection = selection
         """Which part was taken for backbone and head and why; ``None`` for :func:`freeze`."""
+        self.choices = choices
+        """The ``bn=``, ``convert=`` and ``hold=`` that were given."""
         self._holder = holder
         self._kept = kept
 

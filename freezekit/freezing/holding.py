@@ -18,7 +18,7 @@ from freezekit.errors import FreezekitError
 from freezekit.nn.affine import FrozenAffine, affine_class
 from freezekit.nn.folded import FOLDABLE, PAIR, Pair, folded_class, pair_of
 from freezekit.nn.frozen import _FrozenBatchNorm, frozen_class
-from freezekit.nn.held import Held
+from freezekit.nn.held import PINNED, Held, pinned_class
 from freezekit.nn.remembered import forget
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "live_class",
     "make_affine",
     "note_tensor",
+    "pin_buffers",
     "release_module",
     "release_tensor",
     "stop_gradient",
@@ -72,7 +73,9 @@ def _swapped_class(module: nn.Module, origin: type[nn.Module], record: _Record) 
         return folded_class(affine) if PAIR in module.__dict__ else affine
     if PAIR in module.__dict__:
         cls = folded_class(cls)
-    return frozen_class(cls) if record.holders else cls
+    if record.holders:
+        return frozen_class(cls)
+    return pinned_class(cls) if PINNED in module.__dict__ else cls
 
 
 def is_held(module: nn.Module) -> bool:
@@ -93,21 +96,42 @@ def hold_module(module: nn.Module, holder: str) -> None:
     record = _record(module)
     # A traced graph has its modes written into it, and fx makes a class for each instance by itself.
     if not isinstance(module, (Held, GraphModule)):
-        origin = record.origin or type(module)
         record.holders.add(holder)
         try:
-            module.__class__ = _swapped_class(module, origin, record)
-        except TypeError as error:
+            _swap_from(record.origin or type(module), module, record)
+        except FreezekitError:
             record.holders.discard(holder)
             _forget_if_empty(module, record)
-            raise FreezekitError(
-                "the class of this module cannot be swapped in place",
-                where=origin.__qualname__,
-                got=str(error),
-                remedy="leave the module out of what is frozen",
-            ) from error
-        record.origin = origin
+            raise
     record.holders.add(holder)
+
+
+def _swap_from(origin: type[nn.Module], module: nn.Module, record: _Record) -> None:
+    try:
+        module.__class__ = _swapped_class(module, origin, record)
+    except TypeError as error:
+        raise FreezekitError(
+            "the class of this module cannot be swapped in place",
+            where=origin.__qualname__,
+            got=str(error),
+            remedy="leave the module out of what is frozen",
+        ) from error
+    record.origin = origin
+
+
+def pin_buffers(module: nn.Module) -> None:
+    """Keep the frozen buffers of a module that is not held in place whatever its forward does to them."""
+    record = _record(module)
+    names = tuple(name for name in module._buffers if name in record.tensor_holders)
+    if names and not isinstance(module, GraphModule):
+        module.__dict__[PINNED] = names
+        try:
+            _swap_from(record.origin or type(module), module, record)
+        except FreezekitError:
+            del module.__dict__[PINNED]
+            raise
+    elif module.__dict__.pop(PINNED, None):
+        _swap(module)
 
 
 def live_class(module: nn.Module) -> type[nn.Module]:
@@ -260,6 +284,8 @@ def release_tensor(module: nn.Module, name: str, holders: Iterable[str]) -> None
     if record.tensor_holders[name]:
         return
     del record.tensor_holders[name]
+    if PINNED in module.__dict__:
+        pin_buffers(module)
     requires_grad = record.requires_grad.pop(name, None)
     forget(module)
     parameter = module._parameters.get(name)

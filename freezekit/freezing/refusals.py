@@ -32,7 +32,7 @@ def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module])
                 got=kind,
                 remedy="freeze the module that was scripted, and use it as it is or through torch.jit.trace",
             )
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        if _is_uninitialised(module):
             raise FreezekitError(
                 "a lazily initialised layer has no values to freeze yet",
                 where=name,
@@ -53,6 +53,14 @@ def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module])
                 got=f"{kind} in train mode",
                 remedy="call model.eval() first, so that it is frozen as eval mode leaves it",
             )
+
+
+def _is_uninitialised(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return bool(module.has_uninitialized_params())
+    # How a codebook notes that a first batch has set its values, which happens in eval mode too.
+    initialised = module._buffers.get("initted")
+    return initialised is not None and not initialised.is_meta and not bool(initialised.all())
 
 
 def refuse_shared(
@@ -94,11 +102,12 @@ def refuse_lone_buffers(
         )
 
 
-def refuse_unknown(bn: object, convert: object) -> None:
-    """Refuse what ``bn=`` and ``convert=`` do not know."""
+def refuse_unknown(bn: object, convert: object, hold: object) -> None:
+    """Refuse what ``bn=``, ``convert=`` and ``hold=`` do not know."""
     for where, got, known in (
-        ("bn=", bn, ("freeze", "freeze_stats")),
+        ("bn=", bn, ("freeze", "freeze_stats", "train")),
         ("convert=", convert, (None, "affine", "fold")),
+        ("hold=", hold, ("all", "norm")),
     ):
         if got not in known:
             raise FreezekitError(

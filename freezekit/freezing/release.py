@@ -57,11 +57,14 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
     for name in released:
         owner, own, _ = tensors[name]
         holding.release_tensor(owner, own, holding.holders_of(owner, own))
+    owners = {id(tensors[name][0]) for name in released}
     for module in {id(modules[path]): modules[path] for path in above}.values():
         if holding.is_held(module):
             holding.release_module(module, holding.holders_of(module), adopt_mode=True)
-            for own in module._buffers:  # which nothing keeps in place any more
+            # The buffers beside a parameter that trains move with it; those further up stay where they are.
+            for own in module._buffers if id(module) in owners else ():
                 holding.release_tensor(module, own, holding.holders_of(module, own))
+            holding.pin_buffers(module)
 
 
 def release_all(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool) -> None:

@@ -1,4 +1,4 @@
-"""Held: what makes a module stay in eval mode whatever is asked of it.
+"""Held and pinned: what keeps a module in eval mode, or its own buffers in place, whatever is asked of it.
 
 ``model.train()`` and ``m.training = True`` both assign to the attribute ``training``. A held module's
 class has a property of that name that is always ``False``, so neither can reach it; and since this is a
@@ -7,14 +7,22 @@ matter of class and not of the instance, it survives copies, pickles and compila
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-__all__ = ["Held", "held_class"]
+__all__ = ["PINNED", "Held", "held_class", "pinned_class"]
+
+_Maker: TypeAlias = Callable[[type[nn.Module]], type[nn.Module]]
+
+PINNED = "_freezekit_pinned"
+"""Where a pinned module notes the names of its buffers that stay in place."""
 
 
 class Held:
@@ -43,10 +51,11 @@ class Held:
         return self
 
 
-class _HeldSubclass(Held):
-    """A class made at run time for a module class that has no frozen counterpart of its own."""
+class _Made:
+    """A module class made at run time from another."""
 
     _freezekit_base: type[nn.Module]
+    _freezekit_make: _Maker
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         # Stops here on purpose: the module's own __init_subclass__ is for classes its authors write.
@@ -54,12 +63,13 @@ class _HeldSubclass(Held):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be found by name, so a pickle (or a copy) makes it again from its base.
+        cls = type(self)
         reduced = super().__reduce_ex__(protocol)
         if not isinstance(reduced, tuple):
             return reduced
-        if reduced[1][:1] == (type(self),):
-            return (_new_held, (self._freezekit_base,), *reduced[2:])
-        return (_hold_again, reduced[:2], *reduced[2:])  # the class has its own way
+        if reduced[1][:1] == (cls,):
+            return (_new, (cls._freezekit_make, cls._freezekit_base), *reduced[2:])
+        return (_make_again, (cls._freezekit_make, *reduced[:2]), *reduced[2:])  # the class has its own way
 
 
 class _BatchNormTwin(_NormBase):
@@ -68,8 +78,30 @@ class _BatchNormTwin(_NormBase):
     forward = _BatchNorm.forward
 
 
-class _HeldMeta(type):
-    """Orders the ancestors of a held class: what holds it first, and no ``_BatchNorm``.
+class _HeldObserver(Held):
+    """A quantization observer records what it sees in eval mode too; a held one records nothing."""
+
+    def forward(self, x_orig: Tensor) -> Tensor:
+        return x_orig
+
+
+class _HeldFakeQuantize(Held):
+    """Quantises by the scale it has: its observer, which works in eval mode too, looks switched off."""
+
+    @property
+    def observer_enabled(self) -> Tensor:
+        return torch.zeros_like(cast("Tensor", cast("nn.Module", self)._buffers["observer_enabled"]))
+
+
+class _Pinned:
+    """Keeps buffers in place around a part that trains: whatever the forward does to them is taken back."""
+
+
+_MIXINS = (Held, _HeldObserver, _HeldFakeQuantize, _Pinned)
+
+
+class _MadeMeta(type):
+    """Orders the ancestors of a class made at run time: what holds it first, and no ``_BatchNorm``.
 
     The base comes first among the bases, for the layout that a swap in place requires, but must come
     second when a method is looked up. And whatever moves running statistics in the ecosystem finds BN by
@@ -78,12 +110,30 @@ class _HeldMeta(type):
     """
 
     def mro(cls) -> list[type]:
-        holding = [_HeldSubclass, Held]
-        rest = [ancestor for ancestor in super().mro()[1:] if ancestor not in holding]
-        return [cls, *holding, *(_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest)]
+        found = super().mro()[1:]
+        first = [ancestor for ancestor in found if ancestor is _Made or ancestor in _MIXINS]
+        rest = [ancestor for ancestor in found if ancestor not in first]
+        return [cls, *first, *(_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest)]
 
 
-_held_classes: dict[type[nn.Module], type[nn.Module]] = {}
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
+_made: dict[tuple[_Maker, type[nn.Module]], type[nn.Module]] = {}
+
+
+def _make(maker: _Maker, base: type[nn.Module], name: str, mixin: type, **namespace: Any) -> type[nn.Module]:
+    def body(into: dict[str, Any]) -> None:
+        # `__module__` stays the base's: tracers tell torch's own leaf modules by it.
+        into.update(
+            _freezekit_make=staticmethod(maker),
+            _freezekit_base=base,
+            __module__=base.__module__,
+            __doc__=base.__doc__,
+            **namespace,
+        )
+
+    meta = _MadeMeta if type(base) is type else type("_MadeMeta", (_MadeMeta, type(base)), {})
+    made = types.new_class(name, (base, _Made, mixin), {"metaclass": meta}, body)
+    return _made.setdefault((maker, base), made)
 
 
 def held_class(base: type[nn.Module]) -> type[nn.Module]:
@@ -99,24 +149,60 @@ def held_class(base: type[nn.Module]) -> type[nn.Module]:
     >>> dropout.train().training, isinstance(dropout, nn.Dropout), type(dropout).__name__
     (False, True, 'FrozenDropout')
     """
-    if base not in _held_classes:
-
-        def body(namespace: dict[str, Any]) -> None:
-            # `__module__` stays the base's: tracers tell torch's own leaf modules by it.
-            namespace.update(_freezekit_base=base, __module__=base.__module__, __doc__=base.__doc__)
-
-        meta = _HeldMeta if type(base) is type else type("_HeldMeta", (_HeldMeta, type(base)), {})
-        bases = (base, _HeldSubclass)
-        _held_classes[base] = types.new_class(f"Frozen{base.__name__}", bases, {"metaclass": meta}, body)
-    return _held_classes[base]
+    if (held_class, base) in _made:
+        return _made[held_class, base]
+    mixin: type = Held
+    if issubclass(base, ObserverBase):
+        mixin = _HeldObserver
+    elif issubclass(base, FakeQuantizeBase):
+        mixin = _HeldFakeQuantize
+    return _make(held_class, base, f"Frozen{base.__name__}", mixin)
 
 
-def _new_held(base: type[nn.Module]) -> nn.Module:
-    cls = held_class(base)
+def pinned_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of a module class that keeps those buffers in place that :data:`PINNED` names.
+
+    Args:
+        base: any module class; the class made has its name, since it behaves as it does but for that.
+
+    >>> pinned_class(nn.Linear).__name__
+    'Linear'
+    """
+    if (pinned_class, base) in _made:
+        return _made[pinned_class, base]
+    live = base.forward
+
+    @functools.wraps(live)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._get_tracing_state() is not None or _is_exporting():
+            return live(self, *args, **kwargs)
+        buffers = {name: self._buffers[name] for name in self.__dict__.get(PINNED, ())}
+        kept = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+        try:
+            return live(self, *args, **kwargs)
+        finally:
+            for name, values in kept.items():
+                buffer = buffers[name]
+                assert buffer is not None
+                if self._buffers[name] is not buffer:
+                    self._buffers[name] = buffer
+                with torch.no_grad():
+                    # Through .data, which autograd does not count as a write: most often nothing has moved.
+                    (buffer if torch.compiler.is_compiling() else buffer.data).copy_(values)
+
+    return _make(pinned_class, base, base.__name__, _Pinned, forward=forward)
+
+
+def _new(make: _Maker, base: type[nn.Module]) -> nn.Module:
+    cls = make(base)
     return cls.__new__(cls)
 
 
-def _hold_again(make: Callable[..., nn.Module], args: tuple[Any, ...]) -> nn.Module:
-    module = make(*args)
-    module.__class__ = held_class(type(module))
+def _make_again(
+    make: _Maker,
+    remake: Callable[..., nn.Module],
+    args: tuple[Any, ...],
+) -> nn.Module:
+    module = remake(*args)
+    module.__class__ = make(type(module))
     return module

@@ -641,7 +641,8 @@ def test_the_handle_tells() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"bn": "train"}, "bn=: no such choice .got 'train'.*'freeze', 'freeze_stats'"),
+        ({"bn": "eval"}, "bn=: no such choice .got 'eval'.*'freeze', 'freeze_stats', 'train'"),
+        ({"hold": "norms"}, "hold=: no such choice .got 'norms'.*'all', 'norm'"),
         ({"convert": "folded"}, "convert=: no such choice .got 'folded'.*None, 'affine', 'fold'"),
     ],
 )
