@@ -7,6 +7,7 @@ released when the last one lets go.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -42,12 +43,12 @@ __all__ = [
 _KEY = "_freezekit_record"
 
 
-@dataclass
+@dataclass(slots=True)
 class _Record:
     origin: type[nn.Module] | None = None
     """The module's class before the swap; ``None`` if neither held nor folded, or made as a frozen layer."""
-    holders: set[str] = field(default_factory=set)
-    tensor_holders: dict[str, set[str]] = field(default_factory=dict)
+    holders: frozenset[str] = frozenset()
+    tensor_holders: dict[str, frozenset[str]] = field(default_factory=dict)
     requires_grad: dict[str, bool] = field(default_factory=dict)
     """What each frozen parameter had, to be restored."""
     affine: bool = False
@@ -55,8 +56,16 @@ class _Record:
 
 
 def _record(module: nn.Module) -> _Record:
-    record: _Record = module.__dict__.setdefault(_KEY, _Record())
+    record: _Record | None = module.__dict__.get(_KEY)
+    if record is None:
+        record = module.__dict__[_KEY] = _Record()
     return record
+
+
+@functools.lru_cache(maxsize=8)
+def _only(holder: str) -> frozenset[str]:
+    """Return the set that all layers of one freeze share: a set for each would keep the collector busy."""
+    return frozenset((holder,))
 
 
 def _forget_if_empty(module: nn.Module, record: _Record) -> None:
@@ -83,12 +92,12 @@ def is_held(module: nn.Module) -> bool:
     return isinstance(module, Held) or bool(holders_of(module))
 
 
-def holders_of(module: nn.Module, tensor: str | None = None) -> set[str]:
+def holders_of(module: nn.Module, tensor: str | None = None) -> frozenset[str]:
     """Return the freezes that hold the module, or one of its own parameters and buffers."""
     record: _Record | None = module.__dict__.get(_KEY)
     if record is None:
-        return set()
-    return set(record.holders if tensor is None else record.tensor_holders.get(tensor, ()))
+        return frozenset()
+    return record.holders if tensor is None else record.tensor_holders.get(tensor, frozenset())
 
 
 def hold_module(module: nn.Module, holder: str) -> None:
@@ -96,14 +105,16 @@ def hold_module(module: nn.Module, holder: str) -> None:
     record = _record(module)
     # A traced graph has its modes written into it, and fx makes a class for each instance by itself.
     if not isinstance(module, (Held, GraphModule)):
-        record.holders.add(holder)
+        before = record.holders
+        record.holders = before | {holder} if before else _only(holder)
         try:
             _swap_from(record.origin or type(module), module, record)
         except FreezekitError:
-            record.holders.discard(holder)
+            record.holders = before
             _forget_if_empty(module, record)
             raise
-    record.holders.add(holder)
+    else:
+        record.holders |= {holder}
 
 
 def _swap_from(origin: type[nn.Module], module: nn.Module, record: _Record) -> None:
@@ -217,7 +228,7 @@ def release_module(module: nn.Module, holders: Iterable[str], *, adopt_mode: boo
     record: _Record | None = module.__dict__.get(_KEY)
     if record is None:
         return
-    record.holders.difference_update(holders)
+    record.holders = record.holders.difference(holders)
     if record.holders:
         return
     if record.origin is not None:
@@ -257,7 +268,8 @@ def note_tensor(module: nn.Module, name: str, holder: str) -> None:
     All names of a tied parameter are noted before :func:`stop_gradient` is called on any.
     """
     record = _record(module)
-    record.tensor_holders.setdefault(name, set()).add(holder)
+    before = record.tensor_holders.get(name)
+    record.tensor_holders[name] = before | {holder} if before else _only(holder)
     parameter = module._parameters.get(name)
     if parameter is not None:
         record.requires_grad.setdefault(name, parameter.requires_grad)
@@ -280,8 +292,9 @@ def release_tensor(module: nn.Module, name: str, holders: Iterable[str]) -> None
     record: _Record | None = module.__dict__.get(_KEY)
     if record is None or name not in record.tensor_holders:
         return
-    record.tensor_holders[name].difference_update(holders)
-    if record.tensor_holders[name]:
+    left = record.tensor_holders[name].difference(holders)
+    if left:
+        record.tensor_holders[name] = left
         return
     del record.tensor_holders[name]
     if PINNED in module.__dict__:
