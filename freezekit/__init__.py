@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
+    "AveragedModel": "freezekit.freezing.averaging",
     "DriftAuditor": "freezekit.audit.monitor",
     "DriftReport": "freezekit.audit.findings",
     "Finding": "freezekit.audit.findings",
@@ -25,6 +26,7 @@ _HOME = {
     "is_frozen": "freezekit.freezing.handle",
     "trainable_parameters": "freezekit.freezing.handle",
     "unfreeze": "freezekit.freezing.release",
+    "update_bn": "freezekit.freezing.averaging",
     "CheckpointError": "freezekit.errors",
     "DriftError": "freezekit.errors",
     "DriftWarning": "freezekit.errors",
@@ -34,6 +36,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AveragedModel",
     "CheckpointError",
     "DriftAuditor",
     "DriftError",
@@ -53,6 +56,7 @@ __all__ = [
     "nn",
     "trainable_parameters",
     "unfreeze",
+    "update_bn",
 ]
 
 if TYPE_CHECKING:
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.monitor import DriftAuditor
     from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
+    from freezekit.freezing.averaging import AveragedModel, update_bn
     from freezekit.freezing.convert import convert_batchnorm
     from freezekit.freezing.discovery import find_backbone
     from freezekit.freezing.freeze import freeze, freeze_backbone
