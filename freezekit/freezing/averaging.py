@@ -118,7 +118,7 @@ def _buffers_kept(modules: list[nn.Module], live: list[_BatchNorm]) -> Iterator[
                 continue
             module._buffers[name] = buffer  # some layers put a new tensor in place of the old
             if not torch.equal(buffer, value):
-                buffer.copy_(value)
+                buffer.resize_(value.shape).copy_(value)  # observers resize theirs at the first batch
 
 
 @contextmanager

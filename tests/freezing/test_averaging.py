@@ -124,6 +124,22 @@ def test_it_recalibrates_an_averaged_model() -> None:
 # -- update_bn: what is frozen, and everything else, stays ---------------------------------------------
 
 
+def test_an_observer_that_has_seen_nothing_has_still_seen_nothing() -> None:
+    observer = torch.ao.quantization.MovingAveragePerChannelMinMaxObserver(ch_axis=1)
+    model = nn.Sequential(nn.BatchNorm2d(3), observer)
+    update_bn(batches(), model)
+    assert int(model[0].num_batches_tracked) == 3
+    assert observer.min_val.numel() == 0
+
+
+def test_bn_that_trains_inside_a_frozen_region_is_recalibrated() -> None:
+    model = net()
+    freeze(model, ["conv", "bn1", "own"], bn="train")
+    before = bits(model)
+    update_bn(batches(), model)
+    assert moved(before, model) == statistics_of("bn1", "bn2", "own", "bn3")
+
+
 @pytest.mark.parametrize("bn", ["freeze", "freeze_stats"])
 @pytest.mark.parametrize("convert", [None, "affine"])
 def test_what_is_frozen_stays(bn: str, convert: str | None) -> None:
@@ -155,26 +171,31 @@ def test_nothing_but_statistics_of_live_bn_changes() -> None:
     assert moved(before, model) == statistics_of("bn1", "bn2", "own", "bn3")
 
 
-class NewBuffer(nn.Module):
-    """Keeps a count by putting a new tensor in place of the old one."""
+class Buffers(nn.Module):
+    """Changes its buffers in every way but the usual one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.tensor(5))
+        self.register_buffer("seen", torch.tensor([]))
         self.register_buffer("grid", torch.arange(3.0).expand(4, 3))  # cannot be written to
         self.register_buffer("graph", torch.eye(3).to_sparse())
+        self.register_buffer("none", None)
 
     def forward(self, x: Tensor) -> Tensor:
         self.count = self.count + 1
+        self.seen.resize_(2).fill_(x.mean())
         return x
 
 
-def test_a_buffer_that_a_layer_replaces_is_put_back() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(3), NewBuffer())
-    count = model[1].count
+def test_buffers_that_a_layer_replaces_or_resizes_are_put_back() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), Buffers())
+    count, seen = model[1].count, model[1].seen
     update_bn(batches(), model)
     assert model[1].count is count
     assert int(count) == 5
+    assert model[1].seen is seen
+    assert seen.shape == (0,)
 
 
 def test_modes_are_put_back_layer_by_layer() -> None:
