@@ -17,6 +17,7 @@ _HOME = {
     "DriftReport": "freezekit.audit.findings",
     "Finding": "freezekit.audit.findings",
     "Freeze": "freezekit.freezing.handle",
+    "Manifest": "freezekit.manifest",
     "Selection": "freezekit.freezing.selection",
     "audit_checkpoint": "freezekit.audit.files",
     "convert_batchnorm": "freezekit.freezing.convert",
@@ -45,6 +46,7 @@ __all__ = [
     "Finding",
     "Freeze",
     "FreezekitError",
+    "Manifest",
     "Selection",
     "SelectionError",
     "audit_checkpoint",
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
     from freezekit.freezing.handle import Freeze, is_frozen, trainable_parameters
     from freezekit.freezing.release import unfreeze
     from freezekit.freezing.selection import Selection
+    from freezekit.manifest import Manifest
 
 
 def __getattr__(name: str) -> Any:

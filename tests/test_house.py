@@ -36,7 +36,7 @@ def files(folder: str) -> list[Path]:
 def test_public_names() -> None:
     assert freezekit.__all__ == [
         "AveragedModel", "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning",
-        "Finding", "Freeze", "FreezekitError", "Selection", "SelectionError", "audit_checkpoint",
+        "Finding", "Freeze", "FreezekitError", "Manifest", "Selection", "SelectionError", "audit_checkpoint",
         "convert_batchnorm", "find_backbone", "freeze", "freeze_backbone", "is_frozen", "nn",
         "trainable_parameters", "unfreeze", "update_bn",
     ]  # fmt: skip
@@ -86,6 +86,7 @@ def test_the_file_side_never_imports_torch() -> None:
             {"torch", "numpy", "rich"},
         ),
         ("from freezekit import audit_checkpoint", {"torch", "rich"}),
+        ("from freezekit import Manifest", {"torch", "numpy", "rich"}),
     ],
 )
 def test_start_up_imports(code: str, absent: set[str]) -> None:

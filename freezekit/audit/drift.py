@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +13,7 @@ import numpy.typing as npt
 from freezekit.audit.findings import Finding, LayerDrift
 from freezekit.audit.state import StateTable, TensorState
 
-__all__ = ["compare", "describe_layer", "health", "same_bits"]
+__all__ = ["compare", "compare_structure", "describe_layer", "health", "same_bits"]
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -40,15 +42,31 @@ def same_bits(before: TensorState, after: TensorState) -> bool:
     """Tell whether two tensors hold the same bits, so that NaN equals NaN and 0.0 differs from -0.0.
 
     A counter counts as the same by value: some files keep ``num_batches_tracked`` as a float.
+    Where only a digest is known of ``before``, the bits of ``after`` are compared with that.
     """
     if before.shape != after.shape:
         return False
+    if before.sha256 is not None:
+        return _same_digest(before, after)
     if before.dtype != after.dtype:
         is_counter = before.role == after.role == "num_batches_tracked"
         return is_counter and counter_value(before) == counter_value(after)
     if before.unsupported != after.unsupported:
         return False
     return before.read() == after.read()
+
+
+def _same_digest(before: TensorState, after: TensorState) -> bool:
+    if after.unsupported is not None:
+        return False
+    if before.dtype == after.dtype:
+        raw = after.read()
+    else:  # torch counts in int64
+        count = counter_value(after)
+        if before.role != "num_batches_tracked" or before.dtype != "int64" or count is None:
+            return False
+        raw = (count % 2**64).to_bytes(8, "little")
+    return hashlib.sha256(raw).hexdigest() == before.sha256
 
 
 def compare(
@@ -111,49 +129,52 @@ def _compare_layer(
     structural = [
         problem
         for name in watched
-        if (problem := _compare_structure(name, before.get(name), after.get(name))) is not None
+        if (problem := compare_structure(name, before.get(name), after.get(name))) is not None
     ]
+    known = describe_layer(layer, after, kind) if names[0] in after and names[1] in after else None
+    drift = [] if known is None else [known]
     if structural:
-        known = describe_layer(layer, after, kind) if names[0] in after and names[1] in after else None
-        return [known] if known else [], structural, [finding.name for finding in structural]
-    if not all(name in before and name in after for name in names[:2]):
+        return drift, structural, [finding.name for finding in structural]
+    in_both = all(name in before and name in after for name in names[:2])
+    if not in_both and not watched:
         return [], [], []  # not frozen, and in one of the two only
     moved = [name for name in watched if not same_bits(before[name], after[name])]
-    stats = [table[name] for name in names[:2] for table in (before, after)]
+    stats = [table[name] for name in names[:2] for table in (before, after) if name in table]
     shift, ratio = None, None
-    if len({t.shape for t in stats}) == 1 and not any(t.unsupported for t in stats):
+    if in_both and len({t.shape for t in stats}) == 1 and not any(t.unsupported for t in stats):
         shift, ratio = _shift_and_ratio(before, after, layer, eps)
     counts = [counter_value(table.get(names[2])) for table in (before, after)]
     batches = None if counts[0] is None or counts[1] is None else counts[1] - counts[0]
-    described = describe_layer(layer, after, kind)
-    drift = LayerDrift(
-        described.name,
-        described.kind,
-        described.channels,
-        described.num_batches_tracked,
-        batches=batches,
-        mean_shift_sigma=shift,
-        var_ratio=ratio,
-        changed=bool(moved),
-    )
+    drift = [
+        replace(known, batches=batches, mean_shift_sigma=shift, var_ratio=ratio, changed=bool(moved))
+        for known in drift
+    ]
     if not moved:
-        return [drift], [], []
+        return drift, [], []
     over = "" if batches is None or batches < 0 else f" over {batches} batch{'' if batches == 1 else 'es'}"
     if moved == [names[2]]:
-        message = f"num_batches_tracked went from {counts[0]} to {counts[1]}; mean and variance did not move"
-        return [drift], [_finding("FK102", layer, message)], moved
-    if shift is None or ratio is None:
+        how = "is not what was frozen" if batches is None else f"went from {counts[0]} to {counts[1]}"
+        message = f"num_batches_tracked {how}; mean and variance did not move"
+        return drift, [_finding("FK102", layer, message)], moved
+    if any(before[name].sha256 for name in moved):
+        own = [name.rpartition(".")[2] for name in moved]
+        listed = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]]))
+        message = f"{listed} {'is' if len(own) == 1 else 'are'} not what was frozen"
+    elif shift is None or ratio is None:
         message = f"running statistics changed{over}"
     else:
         message = f"running mean moved by up to {shift:.3g} sigma, spread by x{ratio:.3g}{over}"
-    return [drift], [_finding("FK101", layer, message)], moved
+    return drift, [_finding("FK101", layer, message)], moved
 
 
 def _compare_tensor(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
-    problem = _compare_structure(name, before, after)
+    problem = compare_structure(name, before, after)
     if problem is not None or before is None or after is None or same_bits(before, after):
         return problem
     code, what = ("FK103", "parameter") if before.role == "parameter" else ("FK104", "buffer")
+    if before.sha256 is not None:
+        why = f": it cannot be read ({after.unsupported})" if after.unsupported else ""
+        return _finding(code, name, f"{what} is not what was frozen{why}")
     if before.unsupported or after.unsupported:
         return _finding(code, name, f"{what} changed ({after.unsupported or before.unsupported})")
     bits = [np.frombuffer(t.read(), np.uint8).reshape(t.numel, -1) for t in (before, after)]
@@ -164,7 +185,8 @@ def _compare_tensor(name: str, before: TensorState | None, after: TensorState | 
     return _finding(code, name, f"{what} changed: {int(differs.sum()):,} of {before.numel:,} values{by}")
 
 
-def _compare_structure(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
+def compare_structure(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
+    """Return a finding if a tensor is missing, added, reshaped or recast."""
     if before is None and after is None:
         return None
     if after is None:
@@ -175,6 +197,8 @@ def _compare_structure(name: str, before: TensorState | None, after: TensorState
         message = f"was reshaped from {list(before.shape)} to {list(after.shape)}"
     elif before.dtype != after.dtype and "num_batches_tracked" not in (before.role, after.role):
         message = f"was recast from {before.dtype} to {after.dtype}"
+        if before.sha256 is not None:
+            message += ", so that its digest cannot be compared"
     else:
         return None
     return _finding("FK105", name, message)

@@ -38,6 +38,7 @@ class TensorState:
         shape: sizes, outermost first.
         read: returns the values as little-endian, C-contiguous bytes; may read a file.
         unsupported: why the values cannot be read (``"sparse layout"``), or ``None``.
+        sha256: digest of what ``read`` would return, where that is all that is known of the values.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorState:
     shape: tuple[int, ...]
     read: Callable[[], bytes] = field(repr=False, compare=False)
     unsupported: str | None = None
+    sha256: str | None = None
 
     @property
     def numel(self) -> int:
@@ -99,18 +101,26 @@ class StateTable(Mapping[str, TensorState]):
         tensors: the tensors; a name given twice is an error.
         source: where they come from, for messages: a path or ``"model"``.
         notes: what a reader has to say about the source, one line each.
+        manifest: text of the manifest that the source holds, or ``None``.
 
     >>> table = StateTable([TensorState("w", "parameter", "float32", (2,), lambda: bytes(8))], source="model")
     >>> table["w"].values()
     array([0., 0.])
     """
 
-    def __init__(self, tensors: list[TensorState], source: str, notes: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tensors: list[TensorState],
+        source: str,
+        notes: tuple[str, ...] = (),
+        manifest: str | None = None,
+    ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         if len(self._tensors) != len(tensors):
             raise ValueError(f"{source}: a tensor name is given twice")
         self.source = source
         self.notes = notes
+        self.manifest = manifest
 
     def __getitem__(self, name: str) -> TensorState:
         return self._tensors[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -13,6 +13,9 @@ from freezekit.freezing.folding import describe
 from freezekit.freezing.release import release_all, unfreeze
 from freezekit.freezing.selection import Selection, names_of, require_module, tensors_of
 from freezekit.patterns import select
+
+if TYPE_CHECKING:
+    from freezekit.manifest import Manifest
 
 __all__ = ["Choices", "Freeze", "is_frozen", "trainable_parameters"]
 
@@ -45,12 +48,15 @@ class Freeze:
         model: nn.Module,
         holder: str,
         selection: Selection | None,
+        names: tuple[str, ...],
         choices: Choices,
         kept: dict[str, str] | None = None,
     ) -> None:
         self.model = model
         self.selection = selection
         """Which part was taken for backbone and head and why; ``None`` for :func:`freeze`."""
+        self.names = names
+        """What was to be frozen: the backbone, or what :func:`freeze` was given, by name."""
         self.choices = choices
         """The ``bn=``, ``convert=`` and ``hold=`` that were given."""
         self._holder = holder
@@ -85,6 +91,18 @@ class Freeze:
         """Why those BN layers are not computed in the way that ``convert=`` asked for, by name."""
         kernels = self.kernels
         return {name: why for name, why in (self._kept or {}).items() if name in kernels}
+
+    def manifest(self) -> Manifest:
+        """Return what this freeze holds now, with a digest of every tensor, to be saved with a checkpoint.
+
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        >>> from freezekit import freeze
+        >>> print(freeze(model, ["0", "1"]).manifest())
+        manifest of a Sequential: 7 tensors and 2 layers frozen
+        """
+        from freezekit.freezing.manifest import make_manifest
+
+        return make_manifest(self)
 
     def undo(self) -> None:
         """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.

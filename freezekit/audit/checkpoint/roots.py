@@ -11,8 +11,9 @@ from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, chil
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.state import Role, role_of
 from freezekit.errors import CheckpointError
+from freezekit.manifest import KEY
 
-__all__ = ["MAX_KEYS", "State", "find_state", "model_names", "too_many_keys"]
+__all__ = ["MAX_KEYS", "State", "find_manifest", "find_state", "model_names", "too_many_keys"]
 
 MAX_KEYS = 1_000_000
 #: characters; what looks at all that is above a name costs the square of its length
@@ -76,6 +77,15 @@ def find_state(root: object) -> State:
             remedy="save model.state_dict() with torch.save or safetensors",
         )
     return state
+
+
+def find_manifest(root: object) -> tuple[str | None, list[str]]:
+    """Return the text of the manifest beside the state dict, or a note on something else in its place."""
+    mapping = _as_mapping(root) or {}
+    text = mapping.get(KEY)
+    if text is None or isinstance(text, str):
+        return text, []
+    return None, [f"its '{KEY}' is not text, and was not used: save handle.manifest().to_json() there"]
 
 
 def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -195,7 +205,7 @@ def _mapping_state(mapping: dict[Any, Any], path: str) -> State:
         if isinstance(key, str):
             if tensor is not None:
                 state.tensors[key] = tensor
-            else:
+            elif key != KEY:
                 state.skipped.append(key)
         elif tensor is None:
             state.skipped.append(f"<{type(key).__name__}>")

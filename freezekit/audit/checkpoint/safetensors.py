@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
-from freezekit.audit.checkpoint.roots import MAX_KEYS, model_names, too_many_keys
+from freezekit.audit.checkpoint.roots import MAX_KEYS, find_manifest, model_names, too_many_keys
 from freezekit.audit.checkpoint.tensors import MAX_NUMEL, MAX_RANK, check_shape, unreadable
 from freezekit.audit.state import DTYPE_SIZES, StateTable, TensorState, role_of
 from freezekit.errors import CheckpointError
@@ -58,7 +58,7 @@ def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
             "truncated or hostile: its header is longer than it can be", got=got, remedy=_AGAIN
         )
     header = _parse(stream.read(length))
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     if len(header) > MAX_KEYS:
         raise too_many_keys(len(header))
     if not header:
@@ -69,9 +69,9 @@ def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
     names, notes = model_names(header)
     entries = {name: _Entry.of(name, entry) for name, entry in zip(names, header.values(), strict=True)}
     _check_places(entries, file.size - start)
-    return StateTable(
-        [entry.tensor(name, file, start) for name, entry in entries.items()], file.source, tuple(notes)
-    )
+    manifest, said = find_manifest(metadata)
+    tensors = [entry.tensor(name, file, start) for name, entry in entries.items()]
+    return StateTable(tensors, file.source, (*notes, *said), manifest)
 
 
 @dataclass(frozen=True, slots=True)
