@@ -68,6 +68,12 @@ def main() -> None:
     "as frozen if its own parameters did not change.",
 )
 @click.option(
+    "--manifest",
+    metavar="FILE",
+    help="What was frozen, with digests: a manifest's file, or a checkpoint that holds one. Needs no BASE, "
+    "which only adds how far things moved. One inside CKPT itself is found without it.",
+)
+@click.option(
     "--format",
     "form",
     type=click.Choice(["table", "json"]),
@@ -77,22 +83,29 @@ def main() -> None:
 )
 @click.pass_context
 def audit(
-    ctx: click.Context, checkpoint: str, against: str | None, frozen: tuple[str, ...], form: str
+    ctx: click.Context,
+    checkpoint: str,
+    against: str | None,
+    frozen: tuple[str, ...],
+    manifest: str | None,
+    form: str,
 ) -> None:
-    r"""Audit a checkpoint: .pt, .pth (zip or legacy) or .safetensors.
+    """Audit a checkpoint: .pt, .pth (zip or legacy) or .safetensors.
 
     Lists the batch-norm layers of CKPT and judges their statistics; with --against, says which frozen
-    layers have drifted since BASE and by how much. Needs no torch, and executes nothing in the file.
+    layers have drifted since BASE and by how much; with --manifest, whether all that was frozen is as it was
+    then. Needs no torch, and executes nothing in the file.
 
     \b
     Examples:
       freezekit audit model.pth
       freezekit audit finetuned.pth --against pretrained.pth
       freezekit audit finetuned.pth --against pretrained.pth --frozen 'features.*'
-    """
+      freezekit audit finetuned.pth --manifest frozen.json
+    """  # noqa: D301  # click keeps lines as they are after a real backspace
     from freezekit.audit.files import audit_checkpoint
 
-    report = audit_checkpoint(checkpoint, against=against, frozen=frozen or None)
+    report = audit_checkpoint(checkpoint, against=against, frozen=frozen or None, manifest=manifest)
     if form == "json":
         _emit(report.to_json())
     else:

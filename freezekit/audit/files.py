@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import numpy as np
 
 from freezekit.audit import drift
+from freezekit.audit import manifest as manifests
 from freezekit.audit.checkpoint import read_checkpoint
+from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
+from freezekit.manifest import Manifest, bare_name
 from freezekit.patterns import below, select
 
 __all__ = ["audit_checkpoint"]
@@ -23,6 +26,7 @@ def audit_checkpoint(
     path: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     frozen: str | Iterable[str] | None = None,
+    manifest: Manifest | str | os.PathLike[str] | None = None,
 ) -> DriftReport:
     """Audit a checkpoint file, without torch and without executing anything in it.
 
@@ -31,10 +35,15 @@ def audit_checkpoint(
     it, a BN layer counts as frozen if its own parameters did not change at all, which is what
     ``requires_grad=False`` leaves behind.
 
+    By a manifest, which knows what was frozen and the digest of each of its tensors, it is compared without
+    that file. A checkpoint that holds its manifest is compared by it where nothing else is given.
+
     Args:
         path: a ``.pt``/``.pth`` file (zip or legacy) or ``.safetensors``, told by its content.
         against: the file to compare with.
         frozen: names or globs of the frozen layers and tensors; needs ``against``.
+        manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
+            With ``against`` too, that file only says how far things moved.
 
     Returns:
         The report; ``.clean`` says whether anything is wrong.
@@ -42,7 +51,8 @@ def audit_checkpoint(
     Raises:
         CheckpointError: a file is missing, damaged, unsupported or hostile.
         SelectionError: a pattern matches nothing.
-        FreezekitError: the two files have no tensor in common, or ``frozen`` came without ``against``.
+        FreezekitError: the two files have no tensor in common, or ``frozen`` came without ``against``
+            or beside ``manifest``.
 
     >>> import numpy, os, tempfile
     >>> header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
@@ -52,6 +62,13 @@ def audit_checkpoint(
     >>> audit_checkpoint(path, against=path).clean
     True
     """
+    if frozen is not None and manifest is not None:
+        raise FreezekitError(
+            "a manifest says by itself what was frozen",
+            where="frozen",
+            got="both",
+            remedy="give one of the two",
+        )
     if frozen is not None and against is None:
         raise FreezekitError(
             "there is nothing to compare the frozen layers with",
@@ -60,13 +77,28 @@ def audit_checkpoint(
             remedy="give the checkpoint that training started from as well (--against BASE)",
         )
     table = read_checkpoint(path)
+    if manifest is not None:
+        base = None if against is None else read_checkpoint(against)
+        if isinstance(manifest, Manifest):
+            return _by_manifest(table, manifest, "the manifest given", base)
+        label = f"the manifest {printable(os.fsdecode(manifest), 200)}"
+        return _by_manifest(table, manifests.load_manifest(manifest), label, base)
     if against is None:
+        own = manifests.manifest_of(table)
+        if own is not None and own.tensors:
+            return _by_manifest(table, own, "the manifest inside it", None)
         layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
         notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
+        notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
         found = tuple(drift.health(table))
         return DriftReport(table.source, None, "statistics only", 0, (), layers, found, notes)
     base = read_checkpoint(against)
+    holds_manifest = table.manifest is not None
     table, base, prefix, notes = _align(table, base)
+    if holds_manifest:
+        notes += (
+            f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
+        )
     if frozen is None:
         names, scope = _inferred(base, table)
     else:
@@ -91,6 +123,38 @@ def audit_checkpoint(
         tuple(compared),
         tuple(findings),
         (*notes, *_trained(base, table, names | absent)),
+    )
+
+
+def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateTable | None) -> DriftReport:
+    """Compare with what a manifest says was frozen."""
+    notes = table.notes
+    if base is not None:
+        table, base, _, notes = _align(table, base)
+    known = manifests.digest_table(manifest, label)
+    ties = {bare_name(t.name): bare_name(t.tied_to) for t in manifest.tensors if t.tied_to}
+    rename = _named_as_in(table, known)
+    renamed = StateTable([replace(tensor, name=rename(name)) for name, tensor in known.items()], label)
+    if known and not any(name in table for name in renamed):
+        raise FreezekitError(
+            "the checkpoint has no tensor that the manifest names, so they are not of the same model",
+            where=f"{table.source}, {label}",
+            got=f"{next(iter(table))!r} and {next(iter(known))!r}",
+            remedy="give the manifest that was saved with the checkpoint",
+        )
+    known, ties = renamed, {rename(name): rename(first) for name, first in ties.items()}
+    outcome = manifests.compare(known, ties, table, base)
+    if base is not None:
+        notes += tuple(_trained(base, table, known))
+    return DriftReport(
+        table.source,
+        label if base is None else base.source,
+        f"as {label} says",
+        len(outcome.names),
+        tuple(outcome.changed),
+        tuple(outcome.layers),
+        tuple(outcome.findings),
+        (*notes, *outcome.notes),
     )
 
 
@@ -156,6 +220,16 @@ def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable,
             remedy="give the checkpoint training started from",
         )
     return table, base, prefix, notes
+
+
+def _named_as_in(table: StateTable, known: StateTable) -> Callable[[str], str]:
+    """Return how the manifest's names become the file's: by a prefix more or less, or not at all."""
+    if prefix := _extra_prefix(table, known):
+        return lambda name: prefix + name
+    fewer = _extra_prefix(known, table)
+    if fewer and all(name.startswith(fewer) for name in known):
+        return lambda name: name.removeprefix(fewer)
+    return lambda name: name
 
 
 def _extra_prefix(table: StateTable, other: StateTable) -> str:

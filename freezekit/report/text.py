@@ -58,7 +58,7 @@ def layout(report: DriftReport) -> Group:
         )
     shown = [layer for layer in report.layers if layer.changed or not report.against]
     if shown:
-        parts += [Text(), _table(shown, compared=report.against is not None)]
+        parts += [Text(), _table(shown)]
     still = len(report.layers) - len(shown)
     if shown and still:
         parts.append(Text(f"{still} other layer{'s' if still > 1 else ''} did not move", style="dim"))
@@ -81,16 +81,23 @@ def _verdict(report: DriftReport) -> Text:
         count = f"{len(report.findings)} finding{'' if len(report.findings) == 1 else 's'}"
         what = norms if report.clean else f"{count} in {norms}"
         return _line(f"{'OK' if report.clean else 'BAD'}: {what}", "green" if report.clean else "bold red")
+    if not report.clean and not any(finding.code.startswith("FK1") for finding in report.findings):
+        count = f"{len(report.findings)} finding{'' if len(report.findings) == 1 else 's'}"
+        what = f"{count} in {norms}; none of {report.compared} frozen tensors changed"
+        return _line(f"BAD: {what}", "bold red")
     if not report.clean:
         changed = f"{len(report.changed)} of {report.compared} frozen tensors changed"
         return _line(f"DRIFT: {changed}, {moved} of {norms}", "bold red")
     if not report.compared:
-        text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
+        text = "NOTHING TO COMPARE: by its manifest nothing was frozen"
+        if report.scope.startswith("inferred"):
+            text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
         return _line(text, "yellow")
     return _line(f"CLEAN: none of {report.compared} frozen tensors changed ({norms})", "green")
 
 
-def _table(layers: list[LayerDrift], *, compared: bool) -> Table:
+def _table(layers: list[LayerDrift]) -> Table:
+    compared = any(layer.mean_shift_sigma is not None for layer in layers)
     with_kind = any(layer.kind != "BatchNorm" for layer in layers)  # a file does not say
     with_step = any(layer.step is not None for layer in layers)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
