@@ -251,7 +251,7 @@ def _digest(tensor: Tensor) -> tuple[str | None, str | None]:
     reason = _without_bytes(tensor)
     if reason is not None:
         return None, reason
-    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = tensor.detach()
     plain = (torch.view_as_real(plain) if plain.is_complex() else plain).cpu().contiguous()
     raw = plain.reshape(-1).view(torch.uint8).numpy()
     if sys.byteorder == "big":
@@ -266,6 +266,8 @@ def _without_bytes(tensor: Tensor) -> str | None:
         return "quantised"
     if tensor.layout is not torch.strided:
         return f"{str(tensor.layout).removeprefix('torch.')} layout"
+    if tensor.is_conj() or tensor.is_neg():
+        return "lazily conjugated or negated"  # a file has it otherwise than it is
     if type(tensor).__torch_dispatch__ != Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}, not a plain tensor"
     return None

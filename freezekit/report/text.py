@@ -89,7 +89,7 @@ def _verdict(report: DriftReport) -> Text:
         changed = f"{len(report.changed)} of {report.compared} frozen tensors changed"
         return _line(f"DRIFT: {changed}, {moved} of {norms}", "bold red")
     if not report.compared:
-        text = "NOTHING TO COMPARE: by its manifest nothing was frozen"
+        text = "NOTHING TO COMPARE: the manifest has no digest of a tensor in the file"
         if report.scope.startswith("inferred"):
             text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
         return _line(text, "yellow")

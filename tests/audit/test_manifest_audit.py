@@ -329,6 +329,37 @@ def test_without_a_digest_only_dtype_and_shape_are_compared(tmp_path: Path) -> N
     assert [(f.code, f.name) for f in report.findings] == [("FK105", "conv.sparse")]
 
 
+DTYPES = [
+    torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+    torch.complex128, torch.int32, torch.uint8, torch.int8, torch.bool, torch.uint16,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_digest_is_the_same_of_a_model_and_of_its_file(tmp_path: Path, form: str) -> None:
+    model = nn.Module()
+    for index, dtype in enumerate(DTYPES):
+        values = torch.randint(0, 2, (3, 4)).to(dtype)
+        model.register_buffer(f"plain{index}", values)
+        model.register_buffer(f"turned{index}", values.clone().t())
+        model.register_buffer(f"part{index}", values.clone()[1:, ::2])
+    model.conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    manifest = freezekit.freeze(model, "*").manifest()
+    state, path = model.state_dict(), tmp_path / "a.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    report = audit_checkpoint(path, manifest=manifest)
+    assert report.clean
+    assert report.compared == len(state) == 3 * len(DTYPES) + 2
+    assert report.notes == ()
+
+
+def test_a_manifest_within_the_state_dict_is_not_passed_over_silently(tmp_path: Path) -> None:
+    state, manifest = little()
+    path = save({"state_dict": {**state, "freezekit_manifest": manifest.to_json()}}, tmp_path / "a.pth")
+    report = audit_checkpoint(path)
+    assert report.notes == ("skipped entries that are not tensors: freezekit_manifest",)
+
+
 def test_what_cannot_be_read_does_not_pass(tmp_path: Path) -> None:
     state, manifest = little()
     state["conv.weight"] = state["conv.weight"].to_sparse()
@@ -436,7 +467,7 @@ def test_nothing_frozen(tmp_path: Path) -> None:
     empty = Manifest("Net", ())
     report = audit_checkpoint(save(state, tmp_path / "a.pth"), manifest=empty)
     assert report.clean
-    assert str(report).startswith("NOTHING TO COMPARE: by its manifest nothing was frozen")
+    assert str(report).startswith("NOTHING TO COMPARE: the manifest has no digest of a tensor in the file")
     inside = save({"state_dict": state, "freezekit_manifest": empty.to_json()}, tmp_path / "b.pth")
     report = audit_checkpoint(inside)
     assert str(report).startswith("OK: 1 layer with running statistics")

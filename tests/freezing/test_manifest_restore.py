@@ -124,6 +124,7 @@ class Odd(nn.Module):
         self.register_buffer("sparse", torch.eye(3).to_sparse())
         self.register_buffer("meta", torch.empty(2, device="meta"))
         self.register_buffer("quantised", torch.quantize_per_tensor(torch.randn(3), 0.1, 0, torch.qint8))
+        self.register_buffer("lazy", torch.randn(2, dtype=torch.complex64).conj())
         self.register_buffer("passing", torch.randn(2), persistent=False)
 
 
@@ -136,6 +137,7 @@ def test_odd_tensors() -> None:
         "sparse": "sparse_coo layout",
         "meta": "on the meta device, without values",
         "quantised": "quantised",
+        "lazy": "lazily conjugated or negated",
     }
     assert found["mixed.fp16"].sha256 == sha256(model.mixed["fp16"])
     assert found["mixed.bf16"].dtype == "bfloat16"

@@ -205,7 +205,7 @@ def _mapping_state(mapping: dict[Any, Any], path: str) -> State:
         if isinstance(key, str):
             if tensor is not None:
                 state.tensors[key] = tensor
-            elif key != KEY:
+            elif key != KEY or path:  # at the top it is read, by itself
                 state.skipped.append(key)
         elif tensor is None:
             state.skipped.append(f"<{type(key).__name__}>")
