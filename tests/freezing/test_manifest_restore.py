@@ -397,6 +397,28 @@ def test_what_was_added_below_a_frozen_layer_later_trains() -> None:
     assert not fresh.body.training
 
 
+def test_buffers_of_a_layer_that_is_not_frozen_whole() -> None:
+    def make() -> nn.Sequential:
+        model = mlp()
+        model.register_buffer("mean", torch.randn(4))  # beside the head, in the module that holds both
+        return model
+
+    def adapt(model: nn.Sequential) -> nn.Sequential:
+        model.bn.add_module("adapter", nn.Linear(2, 2))
+        return model
+
+    model = make()
+    handle = freeze_backbone(model)
+    adapt(model)
+    fresh = again(lambda: adapt(make()), model)
+    restored = handle.manifest().restore(fresh)
+    assert {"mean", "bn.running_mean"} <= set(restored.frozen)
+    assert restored.frozen == handle.frozen
+    assert held(fresh) == held(model)
+    assert not fresh.train().bn.training
+    assert restored.manifest() == handle.manifest()
+
+
 def test_passing_buffers_are_not_compared() -> None:
     class Cached(nn.Linear):
         def __init__(self) -> None:
