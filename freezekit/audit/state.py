@@ -66,7 +66,8 @@ class TensorState:
             array = _E4M3FN[np.frombuffer(raw, "u1")]
         else:
             array = np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<"))
-        return np.asarray(array.real, dtype=np.float64).reshape(self.shape)
+        with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
+            return np.asarray(array.real, dtype=np.float64).reshape(self.shape)
 
 
 def _e4m3fn() -> npt.NDArray[np.float64]:

@@ -154,7 +154,9 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None,
             got=repr(choices.bn),
             remedy="name more than BN layers, or choose another bn=",
         )
-    handle = Freeze(model, secrets.token_hex(8), selection, tuple(names), choices, plan and plan.kept)
+    handle = Freeze(
+        model, secrets.token_hex(8), selection, tuple(names), choices, None if plan is None else plan.kept
+    )
     try:
         for owner, own in frozen:
             holding.note_tensor(owner, own, handle._holder)
