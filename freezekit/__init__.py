@@ -29,6 +29,7 @@ _HOME = {
     "DriftError": "freezekit.errors",
     "DriftWarning": "freezekit.errors",
     "FreezekitError": "freezekit.errors",
+    "OptimizerWarning": "freezekit.errors",
     "SelectionError": "freezekit.errors",
     "nn": "freezekit",
 }
@@ -42,6 +43,7 @@ __all__ = [
     "Finding",
     "Freeze",
     "FreezekitError",
+    "OptimizerWarning",
     "Selection",
     "SelectionError",
     "audit_checkpoint",
@@ -60,7 +62,14 @@ if TYPE_CHECKING:
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.monitor import DriftAuditor
-    from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
+    from freezekit.errors import (
+        CheckpointError,
+        DriftError,
+        DriftWarning,
+        FreezekitError,
+        OptimizerWarning,
+        SelectionError,
+    )
     from freezekit.freezing.convert import convert_batchnorm
     from freezekit.freezing.discovery import find_backbone
     from freezekit.freezing.freeze import freeze, freeze_backbone

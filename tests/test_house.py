@@ -36,8 +36,9 @@ def files(folder: str) -> list[Path]:
 def test_public_names() -> None:
     assert freezekit.__all__ == [
         "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning", "Finding", "Freeze",
-        "FreezekitError", "Selection", "SelectionError", "audit_checkpoint", "convert_batchnorm",
-        "find_backbone", "freeze", "freeze_backbone", "is_frozen", "nn", "trainable_parameters", "unfreeze",
+        "FreezekitError", "OptimizerWarning", "Selection", "SelectionError",
+        "audit_checkpoint", "convert_batchnorm", "find_backbone", "freeze", "freeze_backbone",
+        "is_frozen", "nn", "trainable_parameters", "unfreeze",
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
         "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenAffine", "FrozenBatchNorm1d", "FrozenBatchNorm2d",

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from freezekit.errors import FreezekitError, SelectionError
-from freezekit.freezing import holding
+from freezekit.freezing import holding, optim
 from freezekit.freezing.discovery import select_backbone
 from freezekit.freezing.folding import make_plan
+from freezekit.freezing.groups import warn_of_orphans
 from freezekit.freezing.handle import Freeze
 from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared, refuse_unknown
 from freezekit.freezing.selection import Names, Selection, names_of, resolve, tensors_of
@@ -26,6 +28,7 @@ def freeze_backbone(
     backbone: Names | None = None,
     bn: str = "freeze",
     convert: str | None = None,
+    optimizer: Any = None,
 ) -> Freeze:
     """Freeze a model's backbone, so that only its head trains.
 
@@ -45,6 +48,10 @@ def freeze_backbone(
             scale can go into the convolution or linear layer before; elsewhere affine, and ``.unfolded``
             says why. That layer then gives what BN gives, also to someone who calls it by itself: take taps
             of it, or layers out of the model, only after ``undo()``. Python's forwards are traced on a copy.
+        optimizer: an optimizer that has the model's parameters already, or several: what is frozen is taken
+            out of its groups, and goes back to its place with its momentum when it is unfrozen. Its
+            ``state_dict()`` keeps the state of what is frozen, and loads into an optimizer with the same
+            parts frozen. ``copy.deepcopy`` and pickle of the optimizer itself have what trains only.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -53,6 +60,9 @@ def freeze_backbone(
         SelectionError: head or backbone cannot be told, or a name matches nothing.
         FreezekitError: something in the backbone cannot be frozen (a BN without running statistics, a lazily
             initialised or scripted module); nothing is changed then.
+
+    Warns:
+        OptimizerWarning: something that trains is in no group of the optimizers given.
 
     >>> from collections import OrderedDict
     >>> model = nn.Sequential(OrderedDict(stem=nn.Linear(4, 8), bn=nn.BatchNorm1d(8), fc=nn.Linear(8, 2)))
@@ -70,10 +80,17 @@ def freeze_backbone(
             got=", ".join(selection.head[:4]),
             remedy="name a smaller head",
         )
-    return _freeze(model, selection.backbone, selection, bn, convert)
+    return _freeze(model, selection.backbone, selection, bn, convert, optimizer)
 
 
-def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: str | None = None) -> Freeze:
+def freeze(
+    model: nn.Module,
+    patterns: Names,
+    *,
+    bn: str = "freeze",
+    convert: str | None = None,
+    optimizer: Any = None,
+) -> Freeze:
     """Freeze the layers and parameters that patterns name.
 
     A layer's name stands for everything below it. A layer is held in eval mode when all of it is frozen; a
@@ -85,6 +102,7 @@ def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: st
             modules of the model. A tied parameter is frozen under all its names.
         bn: as for :func:`freeze_backbone`.
         convert: as for :func:`freeze_backbone`.
+        optimizer: as for :func:`freeze_backbone`.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -100,13 +118,20 @@ def freeze(model: nn.Module, patterns: Names, *, bn: str = "freeze", convert: st
     Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
     evaluation mode, which it calls orthogonal to it.
     """
-    return _freeze(model, resolve(model, patterns, "patterns"), None, bn, convert)
+    return _freeze(model, resolve(model, patterns, "patterns"), None, bn, convert, optimizer)
 
 
 def _freeze(
-    model: nn.Module, names: Iterable[str], selection: Selection | None, bn: str, convert: str | None
+    model: nn.Module,
+    names: Iterable[str],
+    selection: Selection | None,
+    bn: str,
+    convert: str | None,
+    optimizer: Any,
+    kind: str = "",
 ) -> Freeze:
     refuse_unknown(bn, convert)
+    optimizers = optim.check_optimizers(optimizer)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FreezekitError(
             "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
@@ -131,7 +156,8 @@ def _freeze(
         if (name in chosen or id(owner) in held) and not (id(owner) in train and own in owner._parameters)
     }
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
-    handle = Freeze(model, secrets.token_hex(8), selection, None if plan is None else plan.kept)
+    holder = kind + secrets.token_hex(8)
+    handle = Freeze(model, holder, selection, None if plan is None else plan.kept, optimizers)
     try:
         for owner, own in frozen:
             holding.note_tensor(owner, own, handle._holder)
@@ -141,6 +167,9 @@ def _freeze(
             holding.hold_module(module, handle._holder)
         if plan is not None:
             plan.carry_out(norms)
+        for each in optimizers:
+            optim.park(each, [t for *_, t in tensors if id(t) in tied])
+        warn_of_orphans(model, optimizers, stacklevel=3)
     except BaseException:
         handle.undo()  # all or nothing
         raise
