@@ -22,7 +22,10 @@ _HOME = {
     "find_backbone": "freezekit.freezing.discovery",
     "freeze": "freezekit.freezing.freeze",
     "freeze_backbone": "freezekit.freezing.freeze",
+    "freeze_to": "freezekit.freezing.layers",
     "is_frozen": "freezekit.freezing.handle",
+    "layer_groups": "freezekit.freezing.layers",
+    "parameter_groups": "freezekit.freezing.layers",
     "trainable_parameters": "freezekit.freezing.handle",
     "unfreeze": "freezekit.freezing.release",
     "CheckpointError": "freezekit.errors",
@@ -51,8 +54,11 @@ __all__ = [
     "find_backbone",
     "freeze",
     "freeze_backbone",
+    "freeze_to",
     "is_frozen",
+    "layer_groups",
     "nn",
+    "parameter_groups",
     "trainable_parameters",
     "unfreeze",
 ]
@@ -74,6 +80,7 @@ if TYPE_CHECKING:
     from freezekit.freezing.discovery import find_backbone
     from freezekit.freezing.freeze import freeze, freeze_backbone
     from freezekit.freezing.handle import Freeze, is_frozen, trainable_parameters
+    from freezekit.freezing.layers import freeze_to, layer_groups, parameter_groups
     from freezekit.freezing.release import unfreeze
     from freezekit.freezing.selection import Selection
 

@@ -37,8 +37,8 @@ def test_public_names() -> None:
     assert freezekit.__all__ == [
         "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning", "Finding", "Freeze",
         "FreezekitError", "OptimizerWarning", "Selection", "SelectionError",
-        "audit_checkpoint", "convert_batchnorm", "find_backbone", "freeze", "freeze_backbone",
-        "is_frozen", "nn", "trainable_parameters", "unfreeze",
+        "audit_checkpoint", "convert_batchnorm", "find_backbone", "freeze", "freeze_backbone", "freeze_to",
+        "is_frozen", "layer_groups", "nn", "parameter_groups", "trainable_parameters", "unfreeze",
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
         "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenAffine", "FrozenBatchNorm1d", "FrozenBatchNorm2d",
