@@ -17,6 +17,7 @@ _HOME = {
     "Finding": "freezekit.audit.findings",
     "Freeze": "freezekit.freezing.handle",
     "Selection": "freezekit.freezing.selection",
+    "UnfreezeSchedule": "freezekit.freezing.schedule",
     "audit_checkpoint": "freezekit.audit.files",
     "convert_batchnorm": "freezekit.freezing.convert",
     "find_backbone": "freezekit.freezing.discovery",
@@ -49,6 +50,7 @@ __all__ = [
     "OptimizerWarning",
     "Selection",
     "SelectionError",
+    "UnfreezeSchedule",
     "audit_checkpoint",
     "convert_batchnorm",
     "find_backbone",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from freezekit.freezing.handle import Freeze, is_frozen, trainable_parameters
     from freezekit.freezing.layers import freeze_to, layer_groups, parameter_groups
     from freezekit.freezing.release import unfreeze
+    from freezekit.freezing.schedule import UnfreezeSchedule
     from freezekit.freezing.selection import Selection
 
 

@@ -36,7 +36,7 @@ def files(folder: str) -> list[Path]:
 def test_public_names() -> None:
     assert freezekit.__all__ == [
         "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning", "Finding", "Freeze",
-        "FreezekitError", "OptimizerWarning", "Selection", "SelectionError",
+        "FreezekitError", "OptimizerWarning", "Selection", "SelectionError", "UnfreezeSchedule",
         "audit_checkpoint", "convert_batchnorm", "find_backbone", "freeze", "freeze_backbone", "freeze_to",
         "is_frozen", "layer_groups", "nn", "parameter_groups", "trainable_parameters", "unfreeze",
     ]  # fmt: skip
