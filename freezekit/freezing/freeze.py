@@ -127,7 +127,7 @@ def _freeze(
     selection: Selection | None,
     bn: str,
     convert: str | None,
-    optimizer: Any,
+    optimizer: Any = None,
     kind: str = "",
 ) -> Freeze:
     refuse_unknown(bn, convert)

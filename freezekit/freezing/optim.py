@@ -74,15 +74,21 @@ def check_optimizers(given: Any) -> list[Any]:
     return optimizers
 
 
-def check_optimizer(given: Any) -> None:
-    """Refuse several optimizers where one is wanted, and what is none."""
-    if len(check_optimizers(given)) > 1:
+def check_optimizer(given: Any) -> Any:
+    """Return the optimizer given, or ``None``, where one is wanted.
+
+    Raises:
+        FreezekitError: several are given, or something that is none.
+    """
+    optimizers = check_optimizers(given)
+    if len(optimizers) > 1:
         raise FreezekitError(
             "one optimizer is wanted here",
             where="optimizer=",
             got=f"{len(given)} of them",
             remedy="give the one that is to train what is unfrozen",
         )
+    return optimizers[0] if optimizers else None
 
 
 def _chain(optimizer: Any) -> list[Any]:
@@ -141,8 +147,9 @@ def put_back(model: nn.Module) -> None:
     loose: set[int] = set()
     for _, owner, own, tensor in tensors_of(model):
         (held if holding.holders_of(owner, own) else loose).add(id(tensor))
+    loose -= held  # of a parameter that was tied while it was frozen
     for root, lot in list(_parks.items()):
-        returning = [entry for key, entry in lot.parked.items() if key in loose - held]
+        returning = [entry for key, entry in lot.parked.items() if key in loose]
         if returning:
             _return(root, lot, returning)
 
@@ -230,8 +237,6 @@ def _give_history(root: Any, lot: _Park) -> None:
     if lot.history is not None and [id(p) for p in lot.history[0]] == [id(p) for p in members]:
         root.state[members[0]] = lot.history[1]
         lot.history = None
-    if not lot.parked:
-        lot.history = None
 
 
 def is_lbfgs(root: Any) -> bool:
@@ -253,7 +258,8 @@ def _places(root: Any, lot: _Park) -> list[tuple[int, int, _Parked]]:
 
 
 def _save(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    lot = _parks.get(optimizer)
+    root = root_of(optimizer)  # Lightning's wrapper shares the hooks of what it wraps
+    lot = _parks.get(root)
     if lot is None or not lot.parked:
         return
     state_dict[KEY] = [
@@ -261,17 +267,18 @@ def _save(optimizer: Any, state_dict: dict[str, Any]) -> None:
             "group": group,
             "place": place,
             "shape": list(entry.parameter.shape),
-            "state": next((state for layer, state in entry.states if layer() is optimizer), None),
+            "state": next((state for layer, state in entry.states if layer() is root), None),
         }
-        for group, place, entry in _places(optimizer, lot)
+        for group, place, entry in _places(root, lot)
     ]
 
 
 def _check_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:
-    lot = _parks[optimizer]
+    root = root_of(optimizer)
+    lot = _parks[root]
     saved = state_dict.get(KEY, [])
     theirs = [(entry["group"], entry["place"], list(entry["shape"])) for entry in saved]
-    ours = [(group, place, list(e.parameter.shape)) for group, place, e in _places(optimizer, lot)]
+    ours = [(group, place, list(e.parameter.shape)) for group, place, e in _places(root, lot)]
     if theirs != ours:
         raise FreezekitError(
             "this state was saved with other parameters frozen than are frozen in the optimizer now",
@@ -284,13 +291,14 @@ def _check_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:
 
 
 def _load(optimizer: Any) -> None:
-    lot = _parks[optimizer]
+    root = root_of(optimizer)
+    lot = _parks[root]
     saved, lot.incoming, lot.history = lot.incoming, [], None
-    for (group, _, entry), new in zip(_places(optimizer, lot), saved, strict=True):
-        entry.states = [(layer, state) for layer, state in entry.states if layer() is not optimizer]
+    for (group, _, entry), new in zip(_places(root, lot), saved, strict=True):
+        entry.states = [(layer, state) for layer, state in entry.states if layer() is not root]
         if new["state"] is not None:
-            state = _like(entry.parameter, new["state"], optimizer.param_groups[group])
-            entry.states.insert(0, (weakref.ref(optimizer), state))
+            state = _like(entry.parameter, new["state"], root.param_groups[group])
+            entry.states.insert(0, (weakref.ref(root), state))
 
 
 def _like(parameter: Tensor, value: Any, group: dict[str, Any], key: Any = None) -> Any:

@@ -54,6 +54,8 @@ def unfreeze(
     torch.optim.Optimizer.add_param_group.
     """
     require_module(model)
+    optimizer = optim.check_optimizer(optimizer)
+    patterns = patterns if isinstance(patterns, str) else list(patterns)
     new = _newcomers(model, patterns, optimizer, lr)
     group = new_group(optimizer, lr) if new else None
     _release(model, patterns)
@@ -67,7 +69,6 @@ def _newcomers(
     model: nn.Module, patterns: str | Iterable[str], optimizer: Any, lr: float | None
 ) -> list[tuple[str, Tensor]]:
     """Return what will be released and has no place in the optimizer."""
-    optim.check_optimizer(optimizer)
     if lr is not None:
         check_number(lr, "lr=")
     frozen = frozen_among(model, patterns) if optimizer is not None else []

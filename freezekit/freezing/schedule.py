@@ -82,7 +82,11 @@ class UnfreezeSchedule:
         bn: str = "train",
     ) -> None:
         require_module(model)
-        optim.check_optimizer(optimizer)
+        optimizer = optim.check_optimizer(optimizer)
+        if optimizer is None:
+            raise FreezekitError(
+                "no optimizer", where="optimizer", got="None", remedy="give what trains the model"
+            )
         check_number(0.0 if lr is None else lr, "lr=")
         check_number(decay, "decay=")
         if bn not in ("train", "freeze"):

@@ -193,6 +193,10 @@ def test_lbfgs_keeps_its_history_until_a_step_is_made_without_it() -> None:
     first.undo()
     second.undo()
     assert bits(again.state_dict()) == full
+    third = freeze(twin, "a", optimizer=again)
+    again.load_state_dict(saved(again))  # another run's, for all it knows
+    third.undo()
+    assert again.state_dict()["state"] == {}
 
 
 # -- optimizers of others that move what has no gradient ----------------------------------------------------
@@ -266,6 +270,8 @@ def test_optimizers_that_move_parameters_without_a_gradient(name: str, told: boo
         optimizer.eval()
     after = zoo.snapshot(model)
     frozen = [name for name in after if name != "fc.weight"]
+    known = {id(p) for p in optimizer.state}
+    assert bool({id(model.a.weight), id(model.b.weight)} & known) != told
     assert all((after[n] == before[n]) == told for n in frozen)  # not told, it moves them
     assert after["fc.weight"] != before["fc.weight"]
     handle.undo()
@@ -310,6 +316,14 @@ def test_a_wrapper_may_go_before_the_freeze_ends() -> None:
     assert handle.orphans == []
     handle.undo()
     assert bits(inner.state_dict()) == before
+
+
+def test_an_optimizer_that_has_another_one_is_no_wrapper_of_it() -> None:
+    model = net()
+    optimizer = TORCH.SGD([model.a.weight, model.fc.weight], lr=0.1)
+    optimizer.beside = TORCH.SGD([model.b.weight], lr=0.1)  # type: ignore[attr-defined]
+    freeze(model, "a", optimizer=[optimizer, optimizer.beside])  # type: ignore[attr-defined]
+    assert members(optimizer) == [[id(model.fc.weight)]]
 
 
 def test_a_freeze_does_not_keep_an_optimizer_alive() -> None:
@@ -385,6 +399,14 @@ def test_a_context_manager_and_unfreeze_give_back_too() -> None:
     assert bits(optimizer.state_dict()) == before
 
 
+def test_gamma_and_beta_that_train_stay_in() -> None:
+    model = mlp()
+    optimizer = TORCH.SGD(model.parameters(), lr=0.1)
+    freeze_backbone(model, bn="freeze_stats", optimizer=optimizer)
+    trains = [*model.bn.parameters(), *model.fc.parameters()]
+    assert members(optimizer) == [[id(p) for p in trains]]
+
+
 def test_membership_is_by_identity() -> None:
     model = net()
     with torch.no_grad():
@@ -405,6 +427,17 @@ def test_a_tied_parameter_leaves_and_returns_once() -> None:
     handle.undo()
     assert members(optimizer) == who
     assert bits(optimizer.state_dict()) == before
+
+
+def test_a_parameter_tied_while_it_is_frozen_stays_out() -> None:
+    model = mlp()
+    optimizer = TORCH.SGD(model.parameters(), lr=0.1)
+    freeze(model, "b", optimizer=optimizer)
+    other = freeze(model, "a", optimizer=optimizer)
+    model.add_module("late", nn.Linear(6, 6, bias=False))
+    model.late.weight = model.b.weight
+    other.undo()
+    assert id(model.b.weight) not in members(optimizer)[0]
 
 
 def test_what_was_put_back_by_hand_is_not_put_back_twice() -> None:
@@ -536,21 +569,24 @@ def test_parked_state_survives_a_resume(name: str) -> None:
     assert zoo.snapshot(twin) == zoo.snapshot(model)  # the run goes on as if it had not been interrupted
 
 
-def test_loaded_state_is_a_copy_where_its_parameter_is() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loaded_state_is_a_copy_in_the_dtype_of_its_parameter(dtype: torch.dtype, fused: bool) -> None:
     model = net()
     optimizer = TORCH.Adam(model.parameters(), lr=0.1)
     train(model, optimizer)
     handle = freeze(model, "a", optimizer=optimizer)
     file = saved(optimizer)
-    twin = net().to(torch.float64)
-    resumed = TORCH.Adam(twin.parameters(), lr=0.1)
+    twin = net().to(dtype)
+    resumed = TORCH.Adam(twin.parameters(), lr=0.1, fused=fused)
     again = freeze(twin, "a", optimizer=resumed)
     resumed.load_state_dict(file)
-    file["freezekit_parked"][0]["state"]["exp_avg"].fill_(float("nan"))
+    for tensor in file["freezekit_parked"][0]["state"].values():
+        tensor.fill_(float("nan"))
     again.undo()
     handle.undo()
     state, new = optimizer.state[model.a.weight], resumed.state[twin.a.weight]
-    assert new["exp_avg"].dtype == torch.float64
+    assert new["exp_avg"].dtype == dtype
     assert torch.equal(new["exp_avg"].float(), state["exp_avg"])
     assert new["step"].dtype == torch.float32
     assert new["step"] == state["step"]
@@ -628,8 +664,8 @@ def test_unfreeze_adds_a_group_for_what_the_optimizer_does_not_have() -> None:
         [{"params": [], "lr": 9.0}, {"params": model.fc.parameters(), "lr": 0.1, "name": "head"}],
         lr=5.0, betas=(0.5, 0.6), weight_decay=0.3,
     )  # fmt: skip
-    unfreeze(model, "b", optimizer=optimizer)
-    unfreeze(model, optimizer=optimizer, lr=1e-3)
+    unfreeze(model, iter(["b"]), optimizer=optimizer)
+    unfreeze(model, optimizer=[optimizer], lr=1e-3)
     groups = optimizer.param_groups
     assert members(optimizer)[2:] == [
         [id(p) for p in model.b.parameters()],

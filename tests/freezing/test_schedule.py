@@ -156,6 +156,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
         (scheduled, {}, "a learning-rate scheduler was made on this optimizer.*before the scheduler"),
         (torch.optim.LBFGS(head), {}, "LBFGS has one group only"),
         ("adam", {}, "optimizer=: not an optimizer .got str"),
+        (None, {}, "optimizer: no optimizer"),
     ):
         with pytest.raises(FreezekitError, match=text):
             UnfreezeSchedule(model, given, STAGES, **options)  # type: ignore[arg-type]
