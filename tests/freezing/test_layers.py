@@ -60,6 +60,17 @@ def test_blocks_are_looked_for_inside_containers() -> None:
     assert (last, head) == (["encoder.layers.encoder_layer_4", "encoder.ln"], ["heads"])
 
 
+def test_few_of_a_class_or_small_ones_are_no_blocks() -> None:
+    def blocks() -> nn.Sequential:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)))
+
+    model = nn.Sequential(OrderedDict(stem=nn.Sequential(nn.Linear(4, 4)), body=blocks(), fc=nn.Linear(4, 2)))
+    assert layer_groups(model) == [["stem"], ["body.0"], ["body.1"], ["body.2"], ["fc"]]
+    ends = {name: nn.Linear(4, 4) for name in ("i", "j", "k")}
+    model = nn.Sequential(OrderedDict(**ends, body=blocks(), fc=nn.Linear(4, 2)))
+    assert layer_groups(model) == [["i", "j", "k"], ["body.0"], ["body.1"], ["body.2"], ["fc"]]
+
+
 def test_what_is_smaller_than_a_block_goes_with_the_one_before() -> None:
     model = tower()
     assert layer_groups(model) == [["stem"], *([f"body.{k}"] for k in range(4)), ["fc"]]
@@ -94,10 +105,9 @@ def test_there_is_no_such_group(n: Any) -> None:
 
 @pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_called_again_it_moves_the_border(copied: Any) -> None:
-    model = tower()
+    model = tower().eval()
     other = freeze(model, ["body.3", "body.0.1"])
     first = freeze_to(model, -1)
-    model.eval()
     model.train()
     model = copied(model)
     second = freeze_to(model, 2)
@@ -123,11 +133,14 @@ def test_a_border_that_cannot_be_leaves_the_one_before() -> None:
         freeze_to(model, 3)
     assert is_frozen(model, "stem")
     assert not is_frozen(model, "body.0")
-    freeze_to(model, 4)
-    nn.utils.parametrizations.weight_norm(model.body[1][0])
-    with pytest.raises(FreezekitError):
+    handle = freeze_to(model, 4)
+    nn.utils.parametrizations.weight_norm(model.body[1][1])
+    with pytest.raises(FreezekitError, match="body.1.1: the class of this layer was changed"):
         freeze_to(model, 1)
     assert is_frozen(model, "body.2")
+    nn.utils.parametrize.remove_parametrizations(model.body[1][1], "weight")
+    handle.undo()
+    assert not is_frozen(model, "stem")  # nothing is left of the one that failed
 
 
 def test_a_moving_border_takes_the_optimizer_along() -> None:

@@ -496,7 +496,7 @@ def test_a_head_that_is_in_no_optimizer_is_reported() -> None:
 def test_the_warning_points_at_the_call() -> None:
     model = net()
     optimizer = TORCH.SGD([model.a.weight], lr=0.1)
-    with pytest.warns(OptimizerWarning, match="no step will move them: fc.weight") as caught:
+    with pytest.warns(OptimizerWarning, match="move them: fc.weight. Remedy") as caught:
         freeze(model, ["a", "b"], optimizer=optimizer)
     with pytest.warns(OptimizerWarning) as caught_too:
         freeze_backbone(model, optimizer=optimizer)

@@ -297,3 +297,14 @@ def test_names_of_parameters_go_into_the_groups() -> None:
     UnfreezeSchedule(model, optimizer, STAGES).step(6)
     assert [group["param_names"] for group in optimizer.param_groups][1] == ["c.weight", "c.bias"]
     assert [len(group["param_names"]) for group in optimizer.param_groups] == [2, 2, 4, 6]
+
+
+def test_what_has_lost_its_home_gets_a_group() -> None:
+    model, optimizer, schedule = groups_of_depth()
+    unfreeze(model, "c")
+    gone = {id(p) for p in model.c.parameters()}
+    for group in optimizer.param_groups:
+        group["params"][:] = [p for p in group["params"] if id(p) not in gone]
+    freeze(model, "c")
+    assert schedule.step(2) == ["c.weight", "c.bias"]
+    assert names_in(model, optimizer)[-1] == ["c.weight", "c.bias"]
