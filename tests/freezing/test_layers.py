@@ -52,6 +52,23 @@ def test_groups_run_from_input_to_head(name: str) -> None:
         assert len(homes) == 1, tensor
 
 
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("vgg11_bn", 9),
+        ("densenet121", 6),
+        ("inception_v3", 17),
+        ("squeezenet1_0", 10),
+        ("shufflenet_v2_x0_5", 6),
+    ],
+)
+def test_models_of_other_kinds(name: str, count: int) -> None:
+    options = {"init_weights": False} if name == "inception_v3" else {}
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, **options)
+    assert len(layer_groups(model)) == count
+
+
 def test_blocks_are_looked_for_inside_containers() -> None:
     vit = torchvision.models.VisionTransformer(32, 8, 5, 2, 32, 64)
     first, *layers, last, head = layer_groups(vit)

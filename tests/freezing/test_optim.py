@@ -573,7 +573,7 @@ def test_parked_state_survives_a_resume(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_loaded_state_is_a_copy_in_the_dtype_of_its_parameter(dtype: torch.dtype, fused: bool) -> None:
     model = net()
-    optimizer = TORCH.Adam(model.parameters(), lr=0.1)
+    optimizer = TORCH.Adam(model.parameters(), lr=0.1, fused=fused)
     train(model, optimizer)
     handle = freeze(model, "a", optimizer=optimizer)
     file = saved(optimizer)
