@@ -19,12 +19,16 @@ _HOME = {
     "Freeze": "freezekit.freezing.handle",
     "Manifest": "freezekit.manifest",
     "Selection": "freezekit.freezing.selection",
+    "UnfreezeSchedule": "freezekit.freezing.schedule",
     "audit_checkpoint": "freezekit.audit.files",
     "convert_batchnorm": "freezekit.freezing.convert",
     "find_backbone": "freezekit.freezing.discovery",
     "freeze": "freezekit.freezing.freeze",
     "freeze_backbone": "freezekit.freezing.freeze",
+    "freeze_to": "freezekit.freezing.layers",
     "is_frozen": "freezekit.freezing.handle",
+    "layer_groups": "freezekit.freezing.layers",
+    "parameter_groups": "freezekit.freezing.layers",
     "trainable_parameters": "freezekit.freezing.handle",
     "unfreeze": "freezekit.freezing.release",
     "update_bn": "freezekit.freezing.averaging",
@@ -32,6 +36,7 @@ _HOME = {
     "DriftError": "freezekit.errors",
     "DriftWarning": "freezekit.errors",
     "FreezekitError": "freezekit.errors",
+    "OptimizerWarning": "freezekit.errors",
     "SelectionError": "freezekit.errors",
     "nn": "freezekit",
 }
@@ -47,15 +52,20 @@ __all__ = [
     "Freeze",
     "FreezekitError",
     "Manifest",
+    "OptimizerWarning",
     "Selection",
     "SelectionError",
+    "UnfreezeSchedule",
     "audit_checkpoint",
     "convert_batchnorm",
     "find_backbone",
     "freeze",
     "freeze_backbone",
+    "freeze_to",
     "is_frozen",
+    "layer_groups",
     "nn",
+    "parameter_groups",
     "trainable_parameters",
     "unfreeze",
     "update_bn",
@@ -66,13 +76,22 @@ if TYPE_CHECKING:
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.monitor import DriftAuditor
-    from freezekit.errors import CheckpointError, DriftError, DriftWarning, FreezekitError, SelectionError
+    from freezekit.errors import (
+        CheckpointError,
+        DriftError,
+        DriftWarning,
+        FreezekitError,
+        OptimizerWarning,
+        SelectionError,
+    )
     from freezekit.freezing.averaging import AveragedModel, update_bn
     from freezekit.freezing.convert import convert_batchnorm
     from freezekit.freezing.discovery import find_backbone
     from freezekit.freezing.freeze import freeze, freeze_backbone
     from freezekit.freezing.handle import Freeze, is_frozen, trainable_parameters
+    from freezekit.freezing.layers import freeze_to, layer_groups, parameter_groups
     from freezekit.freezing.release import unfreeze
+    from freezekit.freezing.schedule import UnfreezeSchedule
     from freezekit.freezing.selection import Selection
     from freezekit.manifest import Manifest
 

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from freezekit.audit.findings import DriftReport
 
-__all__ = ["CheckpointError", "DriftError", "DriftWarning", "FreezekitError", "SelectionError"]
+__all__ = [
+    "CheckpointError",
+    "DriftError",
+    "DriftWarning",
+    "FreezekitError",
+    "OptimizerWarning",
+    "SelectionError",
+]
 
 
 class FreezekitError(Exception):
@@ -64,3 +71,7 @@ class DriftError(FreezekitError):
 
 class DriftWarning(UserWarning):
     """Something frozen has moved, and the auditor was asked to warn (``on_drift="warn"``)."""
+
+
+class OptimizerWarning(UserWarning):
+    """Parameters train but no optimizer given has them, so no step moves them: a new head, most often."""

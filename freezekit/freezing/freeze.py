@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
 from freezekit.errors import FreezekitError, SelectionError
-from freezekit.freezing import holding
+from freezekit.freezing import holding, optim
 from freezekit.freezing.discovery import select_backbone
 from freezekit.freezing.folding import make_plan
+from freezekit.freezing.groups import warn_of_orphans
 from freezekit.freezing.handle import Choices, Freeze
 from freezekit.freezing.refusals import refuse_impossible, refuse_lone_buffers, refuse_shared, refuse_unknown
 from freezekit.freezing.selection import Names, Selection, names_of, resolve, tensors_of
@@ -27,6 +29,7 @@ def freeze_backbone(
     bn: str = "freeze",
     convert: str | None = None,
     hold: str = "all",
+    optimizer: Any = None,
 ) -> Freeze:
     """Freeze a model's backbone, so that only its head trains.
 
@@ -49,6 +52,10 @@ def freeze_backbone(
             of it, or layers out of the model, only after ``undo()``. Python's forwards are traced on a copy.
         hold: what is kept in eval mode. ``"all"``; ``"norm"``: only what keeps state beside its parameters,
             such as norm layers, so that dropout and stochastic depth stay alive and follow ``train()``.
+        optimizer: an optimizer that has the model's parameters already, or several: what is frozen is taken
+            out of its groups, and goes back to its place with its momentum when it is unfrozen. Its
+            ``state_dict()`` keeps the state of what is frozen, and loads into an optimizer with the same
+            parts frozen. ``copy.deepcopy`` and pickle of the optimizer itself have what trains only.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -57,6 +64,9 @@ def freeze_backbone(
         SelectionError: head or backbone cannot be told, or a name matches nothing.
         FreezekitError: something in the backbone cannot be frozen (a BN without running statistics, a lazily
             initialised or scripted module); nothing is changed then.
+
+    Warns:
+        OptimizerWarning: something that trains is in no group of the optimizers given.
 
     >>> from collections import OrderedDict
     >>> model = nn.Sequential(OrderedDict(stem=nn.Linear(4, 8), bn=nn.BatchNorm1d(8), fc=nn.Linear(8, 2)))
@@ -74,7 +84,7 @@ def freeze_backbone(
             got=", ".join(selection.head[:4]),
             remedy="name a smaller head",
         )
-    return _freeze(model, selection.backbone, selection, Choices(bn, convert, hold))
+    return _freeze(model, selection.backbone, selection, Choices(bn, convert, hold), optimizer)
 
 
 def freeze(
@@ -84,6 +94,7 @@ def freeze(
     bn: str = "freeze",
     convert: str | None = None,
     hold: str = "all",
+    optimizer: Any = None,
 ) -> Freeze:
     """Freeze the layers and parameters that patterns name.
 
@@ -97,6 +108,7 @@ def freeze(
         bn: as for :func:`freeze_backbone`.
         convert: as for :func:`freeze_backbone`.
         hold: as for :func:`freeze_backbone`.
+        optimizer: as for :func:`freeze_backbone`.
 
     Returns:
         The freeze in force; ``.undo()`` ends it.
@@ -112,11 +124,19 @@ def freeze(
     Source: PyTorch documentation, "Locally disabling gradient computation", on ``requires_grad`` and on
     evaluation mode, which it calls orthogonal to it.
     """
-    return _freeze(model, resolve(model, patterns, "patterns"), None, Choices(bn, convert, hold))
+    return _freeze(model, resolve(model, patterns, "patterns"), None, Choices(bn, convert, hold), optimizer)
 
 
-def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None, choices: Choices) -> Freeze:
+def _freeze(
+    model: nn.Module,
+    names: Iterable[str],
+    selection: Selection | None,
+    choices: Choices,
+    optimizer: Any = None,
+    kind: str = "",
+) -> Freeze:
     refuse_unknown(*choices)
+    optimizers = optim.check_optimizers(optimizer)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise FreezekitError(
             "DistributedDataParallel waits for a gradient of every parameter that had one when it was made",
@@ -155,7 +175,13 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None,
             remedy="name more than BN layers, or choose another bn=",
         )
     handle = Freeze(
-        model, secrets.token_hex(8), selection, tuple(names), choices, None if plan is None else plan.kept
+        model,
+        kind + secrets.token_hex(8),
+        selection,
+        tuple(names),
+        choices,
+        None if plan is None else plan.kept,
+        optimizers,
     )
     try:
         for owner, own in frozen:
@@ -169,6 +195,9 @@ def _freeze(model: nn.Module, names: Iterable[str], selection: Selection | None,
                 holding.pin_buffers(owner)
         if plan is not None:
             plan.carry_out(norms)
+        for each in optimizers:
+            optim.park(each, [t for *_, t in tensors if id(t) in tied])
+        warn_of_orphans(model, optimizers, stacklevel=3)
     except BaseException:
         handle.undo()  # all or nothing
         raise

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from freezekit.errors import SelectionError
-from freezekit.freezing import holding
+from freezekit.freezing import holding, optim
 from freezekit.freezing.folding import describe
+from freezekit.freezing.groups import orphans_of
 from freezekit.freezing.release import release_all, unfreeze
 from freezekit.freezing.selection import Selection, names_of, require_module, tensors_of
 from freezekit.patterns import select
@@ -51,6 +53,7 @@ class Freeze:
         names: tuple[str, ...],
         choices: Choices,
         kept: dict[str, str] | None = None,
+        optimizers: Sequence[Any] = (),
     ) -> None:
         self.model = model
         self.selection = selection
@@ -61,6 +64,10 @@ class Freeze:
         """The ``bn=``, ``convert=`` and ``hold=`` that were given."""
         self._holder = holder
         self._kept = kept
+        self._optimizers = [weakref.ref(optim.root_of(each)) for each in optimizers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_optimizers": []}  # a copy is of another model
 
     @property
     def frozen(self) -> list[str]:
@@ -76,6 +83,11 @@ class Freeze:
         """Names of the parameters of the model that still train."""
         tensors = tensors_of(self.model)
         return [name for name, _, _, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad]
+
+    @property
+    def orphans(self) -> list[str]:
+        """Names of the parameters that train but that no optimizer given as ``optimizer=`` has."""
+        return orphans_of(self.model, [o for ref in self._optimizers if (o := ref()) is not None])
 
     @property
     def kernels(self) -> dict[str, str]:
@@ -107,6 +119,8 @@ class Freeze:
     def undo(self) -> None:
         """Restore classes, modes and ``requires_grad`` as they were at the freeze, bit for bit.
 
+        What ``optimizer=`` took out of an optimizer is put back in its place, with its state.
+
         Layers another freeze still holds stay frozen until that one is undone too.
 
         Raises:
@@ -114,9 +128,11 @@ class Freeze:
         """
         release_all(self.model, {self._holder}, adopt_mode=False)
 
-    def unfreeze(self, patterns: str | Iterable[str] = "*") -> None:
+    def unfreeze(
+        self, patterns: str | Iterable[str] = "*", *, optimizer: Any = None, lr: float | None = None
+    ) -> None:
         """As :func:`unfreeze`, for this model."""
-        unfreeze(self.model, patterns)
+        unfreeze(self.model, patterns, optimizer=optimizer, lr=lr)
 
     def __enter__(self) -> Freeze:
         return self
@@ -155,6 +171,8 @@ class Freeze:
             for row in rows
         ]
         lines += [f"rule: {self.selection.rule}"] if self.selection else []
+        if orphans := self.orphans:
+            lines.append(f"in no group of the optimizer: {', '.join(orphans)}")
         lines += [] if self._kept is None else describe(self.kernels, self.unfolded)
         return "\n".join(line.rstrip() for line in lines)
 

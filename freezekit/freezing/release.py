@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from freezekit.errors import SelectionError
-from freezekit.freezing import holding
+from freezekit.errors import FreezekitError, SelectionError
+from freezekit.freezing import holding, optim
+from freezekit.freezing.groups import check_number, extend, new_group, outsiders
 from freezekit.freezing.selection import require_module, tensors_of
 from freezekit.patterns import select
 
-__all__ = ["release_all", "unfreeze"]
+__all__ = ["frozen_among", "parameters_of", "release_all", "unfreeze"]
 
 
-def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
+def unfreeze(
+    model: nn.Module,
+    patterns: str | Iterable[str] = "*",
+    *,
+    optimizer: Any = None,
+    lr: float | None = None,
+) -> None:
     """Let frozen layers train again, whichever freeze holds them.
 
-    They get back the ``requires_grad`` they had before, and the mode that was last asked of the model.
+    They get back the ``requires_grad`` they had before, and the mode that was last asked of the model. What
+    ``optimizer=`` took out of an optimizer at the freeze goes back to its place there, with its state.
+
+    ``DistributedDataParallel`` learns what to synchronise when it wraps the model: what is unfrozen later
+    trains on each rank by itself, and this function cannot see the wrapper. Unfreeze first, then wrap anew.
 
     Args:
         model: the model.
         patterns: names or globs of frozen modules or parameters; everything by default.
+        optimizer: where what is unfrozen and has no place in it goes: into one new group, made like the
+            first of its groups that has parameters. An optimizer with a learning-rate scheduler is refused,
+            since most fail on a group added later, or leave it out: see :class:`UnfreezeSchedule`.
+        lr: the learning rate of the new group; by default that of the group it is made like.
 
     Raises:
         SelectionError: a pattern names nothing that is frozen.
+        FreezekitError: the optimizer cannot take a group; nothing is changed then.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     >>> from freezekit import freeze, is_frozen
@@ -33,20 +50,71 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
     >>> is_frozen(model, "0"), is_frozen(model, "1")
     (True, False)
 
-    Source: PyTorch documentation, torch.nn.Module.train and torch.nn.Module.requires_grad_.
+    Source: PyTorch documentation, torch.nn.Module.train, torch.nn.Module.requires_grad_ and
+    torch.optim.Optimizer.add_param_group.
     """
     require_module(model)
+    optimizer = optim.check_optimizer(optimizer)
+    patterns = patterns if isinstance(patterns, str) else list(patterns)
+    new = _newcomers(model, patterns, optimizer, lr)
+    group = new_group(optimizer, lr) if new else None
+    _release(model, patterns)
+    if group is not None:
+        extend(group, [(name, parameter) for name, parameter in new if parameter.requires_grad])
+        if group["params"]:
+            optimizer.add_param_group(group)
+
+
+def _newcomers(
+    model: nn.Module, patterns: str | Iterable[str], optimizer: Any, lr: float | None
+) -> list[tuple[str, Tensor]]:
+    """Return what will be released and has no place in the optimizer."""
+    if lr is not None:
+        check_number(lr, "lr=")
+    frozen = frozen_among(model, patterns) if optimizer is not None else []
+    new = [] if optimizer is None else outsiders(optimizer, parameters_of(model, frozen))
+    if lr is not None and not new:
+        raise FreezekitError(
+            "there will be no new group whose learning rate this could be",
+            where="lr=",
+            got=repr(lr),
+            remedy="give optimizer= too"
+            if optimizer is None
+            else "leave it out: what is unfrozen goes back to the group it came from",
+        )
+    return new
+
+
+def frozen_among(model: nn.Module, patterns: str | Iterable[str], where: str = "patterns") -> list[str]:
+    """Return the names of frozen modules and tensors that patterns match, and of all below them.
+
+    Raises:
+        SelectionError: a pattern names nothing that is frozen.
+    """
+    held = [n for n, m in model.named_modules(remove_duplicate=False) if n and holding.is_held(m)]
+    tensors = [name for name, owner, own, _ in tensors_of(model) if holding.holders_of(owner, own)]
+    if patterns == "*":  # also where nothing is frozen
+        return [*held, *tensors]
+    if not held and not tensors:
+        raise SelectionError("nothing in the model is frozen", where=where, got=repr(patterns))
+    return select(patterns, [*held, *tensors], where=where, kind="frozen layer or parameter")
+
+
+def parameters_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:
+    """Return the parameters among the names, each with its name."""
+    wanted = set(names)
+    return [(n, p) for n, p in model.named_parameters(remove_duplicate=False) if n in wanted]
+
+
+def _release(model: nn.Module, patterns: str | Iterable[str]) -> None:
     if patterns == "*":  # also where nothing is frozen
         release_all(model, None, adopt_mode=True)
         return
     modules = dict(model.named_modules(remove_duplicate=False))
-    held = [name for name, module in modules.items() if name and holding.is_held(module)]
     tensors = {
         name: (owner, own, t) for name, owner, own, t in tensors_of(model) if holding.holders_of(owner, own)
     }
-    if not held and not tensors:
-        raise SelectionError("nothing in the model is frozen", where="patterns", got=repr(patterns))
-    chosen = select(patterns, [*held, *tensors], where="patterns", kind="frozen layer or parameter")
+    chosen = frozen_among(model, patterns)
     tied = {id(tensors[name][2]) for name in chosen if name in tensors}
     released = [name for name, (_, _, t) in tensors.items() if id(t) in tied]
     # What holds something that trains is not frozen itself: the modules above follow train() again.
@@ -65,6 +133,7 @@ def unfreeze(model: nn.Module, patterns: str | Iterable[str] = "*") -> None:
             for own in module._buffers if id(module) in owners else ():
                 holding.release_tensor(module, own, holding.holders_of(module, own))
             holding.pin_buffers(module)
+    optim.put_back(model)
 
 
 def release_all(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool) -> None:
@@ -82,3 +151,4 @@ def release_all(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool)
     ids = {id(module) for module in modules.values()}
     for module in modules.values():
         holding.end_lone_pair(module, ids)
+    optim.put_back(model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import io
 import pickle
 from collections import OrderedDict
@@ -264,13 +263,11 @@ def test_resume_freezes_only_what_was_still_frozen() -> None:
 
 @pytest.mark.parametrize("unfrozen", [False, True])
 def test_training_goes_on_as_if_it_had_not_stopped(unfrozen: bool, tmp_path: Path) -> None:
-    takes_optimizer = "optimizer" in inspect.signature(freeze).parameters and not unfrozen
     model, x = zoo.make("resnet18"), zoo.images("resnet18")
-    every = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    handle = freeze_backbone(model, **({"optimizer": every} if takes_optimizer else {}))
+    optimizer = make_sgd(model)
+    handle = freeze_backbone(model, optimizer=optimizer)
     if unfrozen:
         unfreeze(model, "layer4")
-    optimizer = every if takes_optimizer else make_sgd(model)
     zoo.train(model, optimizer, x)
     path = tmp_path / "resume.pth"
     content = {
@@ -284,10 +281,8 @@ def test_training_goes_on_as_if_it_had_not_stopped(unfrozen: bool, tmp_path: Pat
     saved = torch.load(path, weights_only=True)
     resumed = zoo.make("resnet18", seed=5)
     resumed.load_state_dict(saved["state_dict"])
-    every = torch.optim.SGD(resumed.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
-    manifest = Manifest.from_json(saved["freezekit_manifest"])
-    manifest.restore(resumed, optimizer=every if takes_optimizer else None)
-    optimizer = every if takes_optimizer else make_sgd(resumed)
+    optimizer = make_sgd(resumed)
+    Manifest.from_json(saved["freezekit_manifest"]).restore(resumed, optimizer=optimizer)
     optimizer.load_state_dict(saved["optimizer"])
     zoo.train(resumed, optimizer, x)
     assert zoo.snapshot(resumed) == zoo.snapshot(model)
@@ -296,7 +291,7 @@ def test_training_goes_on_as_if_it_had_not_stopped(unfrozen: bool, tmp_path: Pat
 
 
 def make_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(trainable_parameters(model), lr=0.01, momentum=0.9, weight_decay=0.1)
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
 
 
 def test_nothing_was_frozen_any_more() -> None:
