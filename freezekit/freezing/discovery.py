@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from freezekit.errors import SelectionError
+from freezekit.freezing import frameworks
 from freezekit.freezing.selection import Names, Selection, everything_but, names_of, require_module, resolve
 from freezekit.patterns import select
 
@@ -49,6 +50,10 @@ def find_backbone(model: nn.Module) -> Selection:
             tuple(f"{wrapper}.{n}" for n in names) for names in (inside.backbone, inside.head)
         )
         return Selection(backbone, inner_head, inside.rule)
+    for rule_of in frameworks.RULES:
+        selection = rule_of(model)
+        if selection is not None:
+            return selection
     heads = [name for name in _HEADS if name in children]
     if len(heads) != 1:
         found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"
