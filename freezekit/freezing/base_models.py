@@ -20,7 +20,7 @@ from freezekit.freezing.recognition import (
 )
 from freezekit.freezing.selection import Selection, everything_but, tensors_of
 
-__all__ = ["has_task", "transformers_model"]
+__all__ = ["has_task", "release_poolers", "transformers_model"]
 
 
 def transformers_model(model: nn.Module) -> Selection | None:
@@ -53,12 +53,6 @@ def transformers_model(model: nn.Module) -> Selection | None:
     for name, body in modules.items():
         _refuse_classes_inside(model, name, body)
         _refuse_adapter(model, name, body)
-    poolers = [
-        f"{name}.{child_name}"
-        for name, body in modules.items()
-        for child_name, child in body.named_children()
-        if "pooler" in child_name and has_parameters(child)
-    ]
     outside = everything_but(bodies, model, "").backbone
     if not any(is_below(name, outside) for name, _ in model.named_parameters(remove_duplicate=False)):
         raise SelectionError(
@@ -70,9 +64,36 @@ def transformers_model(model: nn.Module) -> Selection | None:
         )
     _refuse_tied(model, bodies, outside)
     rule = f"transformers: {' and '.join(map(repr, bodies))} is the base model, all else the head"
-    if poolers:
-        rule += f", with the pooler {', '.join(map(repr, poolers))}, which not every checkpoint has"
-    return everything_but([*outside, *poolers], model, rule)
+    return release_poolers(model, everything_but(outside, model, rule))
+
+
+def release_poolers(model: nn.Module, selection: Selection) -> Selection:
+    """Give the head the poolers of transformers models in the backbone, since they are often new.
+
+    Args:
+        model: any module; without such a pooler the selection is returned as it is.
+        selection: backbone and head of the model.
+
+    >>> selection = Selection(("0",), ("1",), "by hand")
+    >>> release_poolers(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), selection) is selection
+    True
+
+    Source: transformers' warning that ``roberta.pooler`` is newly initialised from ``roberta-base``.
+    """
+    poolers = [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if derives(module, "PreTrainedModel", "transformers")
+        for name, child in module.named_children()
+        if "pooler" in name and has_parameters(child)
+    ]
+    poolers = [name for name in poolers if is_below(name, selection.backbone)]
+    if not poolers:
+        return selection
+    rule = (
+        f"{selection.rule}, with the pooler {', '.join(map(repr, poolers))}, which not every checkpoint has"
+    )
+    return everything_but([*selection.head, *poolers], model, rule)
 
 
 def _prefix(model: nn.Module) -> str | None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import frameworks
+from freezekit.freezing.base_models import release_poolers
 from freezekit.freezing.selection import Names, Selection, everything_but, names_of, require_module, resolve
 from freezekit.patterns import select
 
@@ -85,7 +86,7 @@ def find_backbone(model: nn.Module) -> Selection:
     rule = f"the child named {head!r} is the head" + (
         f", with the auxiliary {', '.join(map(repr, auxiliary))}" if auxiliary else ""
     )
-    return everything_but([head, *auxiliary], model, rule)
+    return release_poolers(model, everything_but([head, *auxiliary], model, rule))
 
 
 def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:

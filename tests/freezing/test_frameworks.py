@@ -224,6 +224,14 @@ class TestTransformers:
         assert selection.backbone == ("bert",)
         assert set(selection.head) == {"out", "scale"}
 
+    def test_the_pooler_of_a_base_model_inside_a_model_of_ones_own_trains(self) -> None:
+        model = nn.Sequential()
+        model.add_module("text", bert("BertModel"))
+        model.add_module("classifier", nn.Linear(32, 3))
+        selection = find_backbone(model)
+        assert selection.backbone == ("text.embeddings", "text.encoder")
+        assert selection.head == ("classifier", "text.pooler")
+
     def test_an_untied_output_is_a_head(self) -> None:
         selection = find_backbone(llama(tie_word_embeddings=False))
         assert (selection.backbone, selection.head) == (("model",), ("lm_head",))
