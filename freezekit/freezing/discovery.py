@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from freezekit.errors import SelectionError
+from freezekit.freezing import frameworks
+from freezekit.freezing.base_models import release_poolers
 from freezekit.freezing.selection import Names, Selection, everything_but, names_of, require_module, resolve
 from freezekit.patterns import select
 
@@ -49,6 +51,10 @@ def find_backbone(model: nn.Module) -> Selection:
             tuple(f"{wrapper}.{n}" for n in names) for names in (inside.backbone, inside.head)
         )
         return Selection(backbone, inner_head, inside.rule)
+    for rule_of in frameworks.RULES:
+        selection = rule_of(model)
+        if selection is not None:
+            return selection
     heads = [name for name in _HEADS if name in children]
     if len(heads) != 1:
         found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"
@@ -80,7 +86,7 @@ def find_backbone(model: nn.Module) -> Selection:
     rule = f"the child named {head!r} is the head" + (
         f", with the auxiliary {', '.join(map(repr, auxiliary))}" if auxiliary else ""
     )
-    return everything_but([head, *auxiliary], model, rule)
+    return release_poolers(model, everything_but([head, *auxiliary], model, rule))
 
 
 def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:

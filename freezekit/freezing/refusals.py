@@ -46,7 +46,7 @@ def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module])
                 got=f"max_norm={module.max_norm}",
                 remedy="renormalise the weight once and set max_norm to None, or leave the layer out",
             )
-        if module.training and type(module).train is not nn.Module.train:
+        if module.training and not _only_sets_mode(module):
             raise FreezekitError(
                 "this class has a train() of its own, which may do more than set the mode",
                 where=name,
@@ -61,6 +61,14 @@ def _is_uninitialised(module: nn.Module) -> bool:
     # How a codebook notes that a first batch has set its values, which happens in eval mode too.
     initialised = module._buffers.get("initted")
     return initialised is not None and not initialised.is_meta and not bool(initialised.all())
+
+
+def _only_sets_mode(module: nn.Module) -> bool:
+    """Tell whether ``train()`` does no more than set the mode, as transformers' does without its kernels."""
+    train = type(module).train
+    if train.__qualname__ == "PreTrainedModel.train" and train.__module__.startswith("transformers."):
+        return not getattr(module, "use_kernels", True)
+    return train is nn.Module.train
 
 
 def refuse_shared(

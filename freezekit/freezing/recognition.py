@@ -1,0 +1,103 @@
+"""What the rules for frameworks share: by what a model is recognised, and how it is passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
+
+from torch import nn
+
+from freezekit.errors import SelectionError
+from freezekit.freezing.selection import Selection
+
+__all__ = [
+    "SKIPPED",
+    "answer_of",
+    "as_inside",
+    "children_of",
+    "derives",
+    "few_of",
+    "find_inside",
+    "found_by_others",
+    "has_parameters",
+    "is_below",
+    "parameters_of",
+    "weighty",
+]
+
+SKIPPED: ContextVar[frozenset[tuple[str, int]]] = ContextVar("SKIPPED", default=frozenset())
+"""The rules that have passed a model on to the others, with its id, so that they are not asked again."""
+
+
+def derives(module: nn.Module | None, name: str, *packages: str) -> bool:
+    """Tell whether a class of that name, from one of the packages, is among the module's classes."""
+    return any(
+        kind.__name__ == name and kind.__module__.partition(".")[0] in packages
+        for kind in type(module).__mro__
+    )
+
+
+def has_parameters(module: nn.Module | None) -> bool:
+    """Tell whether there is a module, with a parameter in it."""
+    return module is not None and any(True for _ in module.parameters())
+
+
+def weighty(model: nn.Module) -> list[str]:
+    """Return the names of the children that have parameters."""
+    return [name for name, child in model.named_children() if has_parameters(child)]
+
+
+def parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return every parameter with its name, tied ones each time."""
+    return list(model.named_parameters(remove_duplicate=False))
+
+
+def is_below(name: str, scopes: Iterable[str]) -> bool:
+    """Tell whether the name is one of the scopes or below one."""
+    return any(name == scope or name.startswith(f"{scope}.") for scope in scopes)
+
+
+def found_by_others(rule: str, model: nn.Module) -> Selection:
+    """Find the backbone of the model itself, without the rule that asks."""
+    from freezekit.freezing.discovery import find_backbone
+
+    token = SKIPPED.set(SKIPPED.get() | {(rule, id(model))})
+    try:
+        return find_backbone(model)
+    finally:
+        SKIPPED.reset(token)
+
+
+def find_inside(model: nn.Module, name: str) -> Selection:
+    """Find the backbone of a child, in the names of the model."""
+    from freezekit.freezing.discovery import find_backbone
+
+    inner = find_backbone(model.get_submodule(name))
+    backbone, head = (tuple(f"{name}.{n}" for n in names) for names in (inner.backbone, inner.head))
+    return Selection(backbone, head, f"{name}: {inner.rule}")
+
+
+def answer_of(find: Callable[..., Selection], *arguments: object) -> Selection | SelectionError:
+    """Return what a finder finds, or why it does not."""
+    try:
+        return find(*arguments)
+    except SelectionError as error:
+        return error
+
+
+def as_inside(name: str, error: SelectionError) -> SelectionError:
+    """Return the refusal of a module inside the model, told as the model's; ``""`` is the model itself."""
+    if not name:
+        return error
+    remedy = f"with model.{name} for model: {error.remedy}"
+    return SelectionError(error.what, where=f"model.{name}", got=error.got, remedy=remedy)
+
+
+def children_of(model: nn.Module) -> str:
+    """Describe the children, for an error."""
+    return "; ".join(f"{name} ({type(child).__name__})" for name, child in model.named_children())
+
+
+def few_of(names: Sequence[str]) -> str:
+    """Return the first names, for an error, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
