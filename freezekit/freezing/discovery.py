@@ -57,6 +57,8 @@ def find_backbone(model: nn.Module) -> Selection:
     for rule in (_wrapper, *frameworks.RULES, *rules.LIBRARIES, _only_child, *rules.CONVENTIONS):
         found = rule(model)
         if found is not None:
+            if rule not in frameworks.RULES:  # which know better
+                rules.refuse_doubtful(model, found)
             return found
     raise rules.undecided(model, "no part is named like a head, or too many could be it")
 

@@ -22,38 +22,29 @@ from freezekit.freezing.selection import (
     nothing_but,
     prefixed,
 )
+from freezekit.freezing.words import (
+    ADAPTER,
+    AUXILIARY,
+    CONSTANT,
+    INPUT,
+    ON_NETWORK,
+    PIECE,
+    TOKEN,
+    all_of,
+    is_head,
+    is_network,
+    words,
+)
 
-__all__ = ["CONVENTIONS", "LIBRARIES", "undecided", "wrapped"]
+__all__ = ["CONVENTIONS", "LIBRARIES", "refuse_doubtful", "undecided", "wrapped"]
 
 Rule = Callable[[nn.Module], Selection | None]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _LIBRARIES = ("timm.models.", "torchvision.models.")
 
-# Words of names: the first or the last one makes a head, the last one a network, any a piece of one.
-_HEAD = frozenset(
-    {"aux", "auxiliary", "classif", "classification", "classifier", "classifiers", "cls", "fc", "fcs",
-     "final", "head", "heads", "last", "lin", "linear", "logit", "logits", "out", "output", "outputs", "pred",
-     "prediction", "predictions", "predictor", "predictors", "readout", "regression", "regressor",
-     "regressors"}
-)  # fmt: skip
-_END = frozenset({"final", "last", "out", "output", "outputs"})
-_AUXILIARY = frozenset({"aux", "auxiliary"})
-_NETWORK = frozenset(
-    {"backbone", "backbones", "base", "body", "encoder", "encoders", "extractor", "features", "trunk"}
-)
-_ON_NETWORK = frozenset({"proj", "projection", "projections", "projector", "projectors"})
-_INPUT = frozenset({"embed", "embedding", "embeddings", "embedder", "pos", "position", "positional", "stem"})
-_PIECE = _INPUT | frozenset(
-    {"block", "blocks", "bn", "cell", "conv", "convs", "down", "inception", "layer", "layers", "level",
-     "levels", "ln", "mixed", "norm", "res", "stage", "stages"}
-)  # fmt: skip
 _TORCHVISION_HEADS = ("AuxLogits", "aux1", "aux2", "aux_classifier", "classifier", "fc", "head", "heads")
 _TIMM_POOLS = ("attn_pool", "fc_norm", "global_pool")
-_TOKEN = re.compile(
-    r"(cls|class|dist|distillation|mask|reg|register)_tokens?(_?\d+)?|(.*_)?pos(_.*|ition.*|\d*)"
-)
-_CONSTANT = re.compile(rf"{_TOKEN.pattern}|(.*_)?(mean|std)")
 
 
 def torchvision_model(model: nn.Module) -> Selection | None:
@@ -69,7 +60,7 @@ def torchvision_model(model: nn.Module) -> Selection | None:
     named = [n for n in children if n in _TORCHVISION_HEADS]
     if not named:
         return None
-    named += [n for n in list(children)[list(children).index(named[-1]) + 1 :] if _is_head(n)]
+    named += [n for n in list(children)[list(children).index(named[-1]) + 1 :] if is_head(n)]
     heads = _with_parameters(model, named, f"put the new head in place first (model.{named[0]} = ...)")
     _refuse_later(model, heads)
     # torchvision's pools have no parameters: one that has was put there
@@ -111,7 +102,7 @@ def timm_model(model: nn.Module) -> Selection | None:
     tops = [t for t in dict.fromkeys(n.partition(".")[0] for n in names) if t in every]
     if not tops:
         raise undecided(model, "it is timm's, but names no classifier")
-    tops += [n for n in every[max(map(every.index, tops)) + 1 :] if _is_head(n) and n not in tops]
+    tops += [n for n in every[max(map(every.index, tops)) + 1 :] if is_head(n) and n not in tops]
     heads = _with_parameters(model, tops, "give it one, model.reset_classifier(num_classes)")
     _refuse_later(model, heads)
     pools = [n for n, c in model.named_children() if n in _TIMM_POOLS and has_parameters(c)]
@@ -124,11 +115,11 @@ def timm_model(model: nn.Module) -> Selection | None:
 def by_name(model: nn.Module) -> Selection | None:
     """Go by conventional names: something called a head, beside a backbone or after layers of one."""
     children = _parametrised(model)
-    encodes = any("encoder" in _words(name) for name in children)
-    heads = [n for n in children if _is_head(n) or (not encodes and _words(n)[-1:] == ["decoder"])]
+    encodes = any("encoder" in words(name) for name in children)
+    heads = [n for n in children if is_head(n) or (not encodes and words(n)[-1:] == ["decoder"])]
     networks = [n for n, c in children.items() if n not in heads and _is_network(n, c)]
     if networks:
-        heads += [n for n in children if n not in (*heads, *networks) and _ON_NETWORK & {*_words(n)[-1:]}]
+        heads += [n for n in children if n not in (*heads, *networks) and ON_NETWORK & {*words(n)[-1:]}]
         return _on_networks(model, networks, heads) if heads else None
     return _in_a_row(model, heads) if heads else None
 
@@ -139,8 +130,8 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
     order, names = list(children), list(every)
     before = [n for n in order[: order.index(networks[-1])] if n not in (*networks, *heads)]
     library = any(_is_library_model(children[n]) for n in networks)
-    inputs = [] if library else [n for n in before if _INPUT & {*_words(n)}]
-    if before != inputs or any(n in heads for n in order[: order.index(networks[0])] if n in before):
+    inputs = [] if library else [n for n in before if all_of(INPUT, n)]
+    if before != inputs:
         raise undecided(model, f"{_quoted([n for n in before if n not in inputs])} may be new")
     backbone: list[str] = []
     for name in names[: names.index(networks[-1]) + 1]:
@@ -149,7 +140,7 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
             backbone += prefixed(inner, name).backbone
         elif name in (*networks, *inputs) or isinstance(every[name], _DropoutNd):
             backbone.append(name)
-    backbone += [n for n, b in model._buffers.items() if b is not None and _CONSTANT.fullmatch(n)]
+    backbone += [n for n, b in model._buffers.items() if b is not None and CONSTANT.fullmatch(n)]
     selection = nothing_but(backbone, model, "")
     inner_heads = [n for n in selection.head if n.partition(".")[0] in networks]
     rule = f"{_quoted(networks)} is named like a backbone, {_quoted(heads)} like a head"
@@ -159,40 +150,40 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
 
 def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
     """Take layers named as convolutional networks and transformers name theirs, and then a head."""
-    children, every = _parametrised(model), [name for name, _ in model.named_children()]
-    order = list(children)
-    starts = [
-        n for k, n in enumerate(order) if n in heads or _may_be_new([*children.values()][:k], n, children[n])
-    ]
-    main = [n for n in starts if not _AUXILIARY & {*_words(n)}]
-    first = order.index(main[0]) if main else len(order)
-    row = [n for n in order[:first] if n not in heads]
-    odd = [n for n in row if not _PIECE & {*_words(n)}]
-    odd += [n for n in order[first:] if n not in starts and not _is_norm(children[n])]
+    children, every = list(_parametrised(model).items()), [name for name, _ in model.named_children()]
+    main = {name for name in heads if not AUXILIARY & {*words(name)}}
+    row: list[str] = []
+    odd: list[str] = []
+    on_blocks = on_library = headed = False
+    for name, child in children:
+        new = name in main or _may_be_new(name, child, bool(row), on_blocks, on_library)
+        headed = headed or new
+        if not headed and name not in heads:
+            row.append(name)
+            odd += [] if all_of(PIECE, name) else [name]
+            block = any(has_parameters(part) for part in child.children())
+            on_blocks, on_library = on_blocks or block, on_library or (block and _of_library(child))
+        elif not new and name not in heads and not _is_norm(child):
+            odd.append(name)
     if odd:
+        what = f"{_quoted(odd[:12])} may or may not be of the head, beside {_quoted(heads)}"
+        raise undecided(model, what, heads)
+    if not row or not main:
         raise undecided(
-            model, f"{_quoted(odd)} may or may not be of the head, beside {_quoted(heads)}", heads
+            model, "all of it is named like a head" if main else "no head is the main one", heads[-1:]
         )
-    if not row:
-        raise undecided(model, "all of it is named like a head", heads[-1:])
     tail = every[every.index(row[-1]) + 1 :]
+    chosen = {*heads, *tail}
     rule = f"{_quoted(heads)} is named like a head and comes last"
-    return everything_but([n for n in every if n in heads or n in tail] + _own(model), model, rule)
+    return everything_but([n for n in every if n in chosen] + _own(model), model, rule)
 
 
-def _may_be_new(before: Sequence[nn.Module], name: str, layer: nn.Module) -> bool:
+def _may_be_new(name: str, layer: nn.Module, later: bool, on_blocks: bool, on_library: bool) -> bool:
     """Tell whether a layer may be put on those before: a projection, a pool, a lone layer on blocks."""
-    blocks = [b for b in before if any(has_parameters(part) for part in b.children())]
-    lone = not any(True for _ in layer.children()) and not (
-        _is_norm(layer) and "BatchNorm1d" not in type(layer).__name__
-    )
-    foreign = any(map(_of_library, blocks)) and not _of_library(layer)
-    return (
-        "pool" in name
-        or (bool(before) and isinstance(layer, nn.Linear))
-        or foreign
-        or (bool(blocks) and lone)
-    )
+    lone = not any(True for _ in layer.children()) and not _is_norm(layer)
+    lone = lone or "BatchNorm1d" in type(layer).__name__
+    linear = later and isinstance(layer, nn.Linear)
+    return "pool" in name or linear or (on_blocks and lone) or (on_library and not _of_library(layer))
 
 
 def by_order(model: nn.Module) -> Selection | None:
@@ -213,12 +204,19 @@ def by_order(model: nn.Module) -> Selection | None:
         end = others[-1] + 1
         end += _is_norm(layers[end][1])
         rule = "the linear layers at the end are the head"
-    elif blocks == full[:1] and all(_is_linear(layers[k][1]) for k in full[1:-1]):
+    elif blocks[0] == full[0] and (
+        _is_library_model(layers[full[0]][1])
+        or (len(blocks) == 1 and all(_is_linear(layers[k][1]) for k in full[1:-1]))
+    ):
         end = full[0] + 1
         inner = _inside(layers[full[0]][1])
         rule = "a network comes first and the head after it"
-    elif len(blocks) > 1 and (
-        all(_of_library(layers[k][1]) for k in blocks) or (len(kinds) == 1 and nn.Sequential not in kinds)
+    elif (
+        len(blocks) > 1
+        and not any(_is_library_model(layers[k][1]) for k in blocks)
+        and (
+            all(_of_library(layers[k][1]) for k in blocks) or (len(kinds) == 1 and nn.Sequential not in kinds)
+        )
     ):
         end = blocks[-1] + 1
         rule = "what comes after the last block is the head"
@@ -242,6 +240,27 @@ def wrapped(model: nn.Module) -> str | None:
     return names[0] if len(names) == 1 and names[0] in _WRAPPERS and not own else None
 
 
+def refuse_doubtful(model: nn.Module, selection: Selection) -> None:
+    """Refuse a backbone with nothing in it, or with what is put into networks to be trained."""
+    chosen = set(selection.backbone)
+    names = [
+        name
+        for name, _ in model.named_parameters()
+        if any(name.rsplit(".", k)[0] in chosen for k in range(name.count(".") + 1))
+    ]
+    if not names:
+        raise undecided(model, f"nothing beside the head {_quoted(selection.head)} could be frozen")
+    new = [name for name in names if ADAPTER & {*words(name)}]
+    if new:
+        raise SelectionError(
+            "the backbone seems to have adapters in it, which are to train",
+            where="model",
+            got=", ".join(new[:3]),
+            remedy="name all that is to train, for example freezekit.freeze_backbone(model, "
+            f"head={[*selection.head, new[0]]!r})",
+        )
+
+
 def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> SelectionError:
     """Make the error for a model that cannot be told apart: the candidates, and the call to make."""
     rows = [
@@ -260,7 +279,7 @@ def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> Selectio
 def _call_to_make(model: nn.Module, heads: list[str]) -> str:
     children = _parametrised(model)
     networks = [n for n, c in children.items() if _is_network(n, c)]
-    nested = [n for n, _ in model.named_modules() if _is_head(n.rpartition(".")[2]) and n not in heads]
+    nested = [n for n, _ in model.named_modules() if is_head(n.rpartition(".")[2]) and n not in heads]
     shallowest = min((n.count(".") for n in nested), default=0)
     likely = heads or [n for n in nested if n.count(".") == shallowest][:3] or list(children)[-1:]
     if networks and not heads:
@@ -290,7 +309,7 @@ def _inside(child: nn.Module) -> Selection | None:
         if found is not None:
             return found
     children = _parametrised(child)
-    heads = [n for n, part in children.items() if _is_head(n) and not _is_norm(part)]
+    heads = [n for n, part in children.items() if is_head(n) and not _is_norm(part)]
     return everything_but(heads, child, "") if 0 < len(heads) < len(children) else None
 
 
@@ -318,25 +337,12 @@ def _refuse_later(model: nn.Module, heads: Sequence[str]) -> None:
 
 def _own(model: nn.Module) -> list[str]:
     """Return the model's own parameters and buffers that are no token or position, so may be new."""
-    own = [n for n, p in model._parameters.items() if p is not None and not _TOKEN.fullmatch(n)]
-    return own + [n for n, b in model._buffers.items() if b is not None and not _CONSTANT.fullmatch(n)]
-
-
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
-
-
-def _is_head(name: str) -> bool:
-    words = _words(name)
-    if not words or words[-1] in _NETWORK or (words[0] in _NETWORK and words[-1] in _END):
-        return False  # "trunk_output" is a trunk's
-    return bool(_HEAD & {words[0], words[-1]})
+    own = [n for n, p in model._parameters.items() if p is not None and not TOKEN.fullmatch(n)]
+    return own + [n for n, b in model._buffers.items() if b is not None and not CONSTANT.fullmatch(n)]
 
 
 def _is_network(name: str, module: nn.Module) -> bool:
-    words = _words(name)
-    named = bool(words) and words[-1] in _NETWORK and words[0] not in _HEAD
-    return named or (not _is_head(name) and _is_library_model(module))
+    return is_network(name) or (not is_head(name) and _is_library_model(module))
 
 
 def _is_library_model(module: nn.Module) -> bool:

@@ -97,7 +97,11 @@ UNCERTAIN: list[tuple[dict[str, Any], str]] = [
     ({"adapter": conv, "backbone": block, "head": fc}, "'adapter' may be new"),
     ({"stem": conv, "backbone": lambda: zoo.make("resnet18"), "head": fc}, "'stem' may be new"),
     ({"layer1": block, "conv": conv, "layer2": block, "fc": fc}, "'layer2' may or may not"),
+    ({"conv1": conv, "attention_block": block, "fc": fc}, "'attention_block' may or may not"),
+    ({"class_embed": fc, "backbone": block, "head": fc}, "'class_embed' may be new"),
+    ({"embed": block, "backbone": lambda: zoo.make("resnet18"), "fc": fc}, "'embed' may be new"),
     ({"trunk_output": block, "other": fc}, "no part is named like a head"),
+    ({"conv1": conv, "aux_fc": fc}, "no head is the main one"),
     ({"head": block}, "cannot tell"),
 ]
 
@@ -143,6 +147,7 @@ def test_sequential(layers: list[Any], start: int) -> None:
         [conv, block, fc],  # an adapter before a network
         [block, conv, fc],
         [block, block],
+        [Block, lambda: zoo.make("resnet18"), fc],
         [fc],
     ],
 )
@@ -154,6 +159,31 @@ def test_sequential_is_refused_where_it_could_be_otherwise(layers: list[Any]) ->
 def test_a_network_with_its_own_classifier_in_sequential() -> None:
     model = nn.Sequential(zoo.make("resnet18"), nn.ReLU(), nn.Linear(10, 2))
     assert find_backbone(model).head == ("0.fc", "1", "2")
+
+
+def test_what_is_put_on_a_library_model_in_sequential_is_head() -> None:
+    model = nn.Sequential(zoo.make("resnet18"), library_layer(), nn.Linear(10, 2))
+    assert find_backbone(model).head == ("0.fc", "1", "2")
+
+
+def test_adapters_inside_are_not_frozen() -> None:
+    model = zoo.make("vit")
+    model.encoder.layers.encoder_layer_0.mlp.lora_a = nn.Linear(32, 2)
+    with pytest.raises(
+        SelectionError, match="adapters in it.*encoder.layers.encoder_layer_0.mlp.lora_a.weight"
+    ):
+        freeze_backbone(model)
+
+
+def test_a_frozen_model_is_told_apart_alike() -> None:
+    for model in (
+        zoo.make("resnet18"),
+        net(conv1=conv(), bn1=nn.BatchNorm2d(3), fc=fc()),
+        nn.Sequential(block(), fc()),
+    ):
+        before = find_backbone(model)
+        freeze_backbone(model)
+        assert find_backbone(model) == before
 
 
 class Holder(nn.Module):
