@@ -250,7 +250,7 @@ def refuse_doubtful(model: nn.Module, selection: Selection) -> None:
     ]
     if not names:
         raise undecided(model, f"nothing beside the head {_quoted(selection.head)} could be frozen")
-    new = [name for name in names if ADAPTER & {*words(name)}]
+    new = [name for name in names if ADAPTER.search(name)]
     if new:
         raise SelectionError(
             "the backbone seems to have adapters in it, which are to train",

@@ -41,7 +41,8 @@ PIECE = INPUT | frozenset(
      "input", "layer", "layers", "level", "levels", "ln", "mid", "mixed", "norm", "res", "stage", "stages",
      "up"}
 )  # fmt: skip
-ADAPTER = frozenset({"adapter", "adapters", "lora", "prompt", "prompts"})
+ADAPTER = re.compile(r"(?:^|[._])(?:adapters?|lora|prompts?)(?:[._\d]|$)", re.IGNORECASE)
+_WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 TOKEN = re.compile(
     r"(cls|class|dist|distillation|mask|reg|register)_tokens?(_?\d+)?|(.*_)?pos(_.*|ition.*|\d*)"
 )
@@ -54,7 +55,7 @@ def words(name: str) -> list[str]:
     >>> words("AuxLogits"), words("fc_age2")
     (['aux', 'logits'], ['fc', 'age'])
     """
-    return [word.lower() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)]
+    return [word.lower() for word in _WORD.findall(name)]
 
 
 def all_of(known: frozenset[str], name: str) -> bool:

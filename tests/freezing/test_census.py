@@ -75,13 +75,18 @@ def test_timm_with_values(name: str) -> None:
 
 
 @pytest.mark.census
-@pytest.mark.parametrize(("family", "reached"), [("torchvision", 1.0), ("timm", 0.99)])
+@pytest.mark.parametrize(
+    ("family", "reached"), [("torchvision", 1.0), ("timm", 0.99), ("transformers", 0.9), ("smp", 0.9)]
+)
 def test_all_of_a_family(family: str, reached: float) -> None:
     if family == "timm":
         pytest.importorskip("timm")
-    entries = [e for e in census.census(census.models(family)) if e.verdict != "no class count"]
+    builders = census.models(family)
+    if not builders:
+        pytest.skip(f"no models of {family} are listed")
+    entries = [e for e in census.census(builders) if e.verdict != "no class count"]
     assert [e for e in entries if e.verdict == "WRONG" or e.trace] == []
-    assert sum(e.verdict == "ok" for e in entries) >= reached * len(entries) > 50
+    assert sum(e.verdict == "ok" for e in entries) >= reached * len(entries) > 0
 
 
 class TestItself:
