@@ -49,7 +49,7 @@ def find_backbone(model: nn.Module) -> Selection:
     >>> print(find_backbone(model))
     backbone: features
     head:     classifier
-    rule:     'features' is named like a backbone, 'classifier' like a head
+    rule:     'features' is named like a backbone, 'classifier' is named like a head
 
     Source: the names in torchvision and timm, whose fine-tuning guides replace just these children.
     """

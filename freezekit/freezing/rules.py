@@ -143,7 +143,8 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
     backbone += [n for n, b in model._buffers.items() if b is not None and CONSTANT.fullmatch(n)]
     selection = nothing_but(backbone, model, "")
     inner_heads = [n for n in selection.head if n.partition(".")[0] in networks]
-    rule = f"{_quoted(networks)} is named like a backbone, {_quoted(heads)} like a head"
+    like = "is named like a backbone" if all(map(is_network, networks)) else "is a library's model"
+    rule = f"{_quoted(networks)} {like}, {_quoted(heads)} is named like a head"
     rule += f", and {_quoted(inner_heads)} may be new" if inner_heads else ""
     return Selection(selection.backbone, selection.head, rule)
 
