@@ -116,6 +116,25 @@ def audit(
 
 
 @main.command()
+@click.argument("model", metavar="MODEL")
+def plan(model: str) -> None:
+    r"""Show what freeze_backbone would freeze of a model.
+
+    MODEL is torchvision:NAME, timm:NAME, or package.module:factory, a class or function that makes the
+    model when called without arguments. It is built without memory, and no weights are loaded.
+
+    \b
+    Examples:
+      freezekit plan torchvision:resnet50
+      freezekit plan timm:vit_base_patch16_224
+      freezekit plan mypackage.models:make_model
+    """
+    from freezekit.freezing.plan import plan as made
+
+    _emit(made(model))
+
+
+@main.command()
 @click.option("--keep", metavar="DIR", help="Keep the three checkpoints in this folder.")
 def demo(keep: str | None) -> None:
     """Show the trap and the cure on real digits.

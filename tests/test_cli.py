@@ -217,7 +217,7 @@ def test_no_torch_is_imported(checkpoints: tuple[Path, Path]) -> None:
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"freezekit, version {freezekit.__version__}\n"
-    for arguments in (["--help"], ["audit", "--help"], ["demo", "--help"]):
+    for arguments in (["--help"], ["audit", "--help"], ["plan", "--help"], ["demo", "--help"]):
         done = run(*arguments)
         assert done.returncode == 0
         assert done.stdout.startswith("Usage: ")

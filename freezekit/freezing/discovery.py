@@ -2,91 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
 
 from torch import nn
 
 from freezekit.errors import SelectionError
-from freezekit.freezing import frameworks
+from freezekit.freezing import frameworks, rules
 from freezekit.freezing.base_models import release_poolers
-from freezekit.freezing.selection import Names, Selection, everything_but, names_of, require_module, resolve
+from freezekit.freezing.selection import (
+    Names,
+    Selection,
+    everything_but,
+    has_parameters,
+    names_of,
+    prefixed,
+    require_module,
+    resolve,
+)
 from freezekit.patterns import select
 
 __all__ = ["find_backbone", "select_backbone"]
 
-_HEADS = ("fc", "classifier", "head", "heads")
-_AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier", "head_dist")
-_WRAPPERS = ("_orig_mod", "module")  # torch.compile, DataParallel
-
 
 def find_backbone(model: nn.Module) -> Selection:
-    """Tell a classification model's backbone from its head.
+    """Tell a model's backbone from its head.
 
-    The head is the child with a conventional name (``fc``, ``classifier``, ``head``, ``heads``), all of it,
-    together with auxiliary heads; everything else is the backbone. A classifier of several layers counts
-    whole, since nobody can tell a pretrained layer inside it from one just put there, and freezing the
-    latter would be the worse mistake; name a part of it with ``head="classifier.6"`` to freeze more.
+    Rules are asked in order, and ``.rule`` says which decided: what wraps a model, frameworks
+    (transformers, segmentation_models_pytorch, Lightning, PEFT), torchvision, timm, a model that holds one
+    other, children with conventional names, ``nn.Sequential``. Where none is certain, the error lists the
+    candidates and the call to make.
+
+    The head is whatever may be new, all of it. A classifier of several layers counts whole, since nobody
+    can tell a pretrained layer inside it from one just put there; so do pooling and norm within it, a
+    pooling with parameters before it (``attn_pool``, ``fc_norm``), auxiliary and further heads, what is put
+    on a part called ``backbone``, and parameters of the model itself that are no class token or position.
+    The norm that ends a network (``norm``) is of the backbone. To freeze more, name what is to train:
+    ``head="classifier.6"``.
 
     Args:
-        model: every classification model of ``torchvision.models``, or one named after the same fashion.
+        model: any model.
 
     Raises:
-        SelectionError: no child, or more than one, has such a name; the error lists the candidates.
+        SelectionError: no rule is certain.
 
     >>> model = nn.Sequential()
     >>> model.add_module("features", nn.Linear(4, 4)); model.add_module("classifier", nn.Linear(4, 2))
     >>> print(find_backbone(model))
     backbone: features
     head:     classifier
-    rule:     the child named 'classifier' is the head
+    rule:     'features' is named like a backbone, 'classifier' is named like a head
 
-    Source: the names in ``torchvision.models``; its tutorial on fine-tuning replaces these children.
+    Source: the names in torchvision and timm, whose fine-tuning guides replace just these children.
     """
     require_module(model)
-    children = dict(model.named_children())
-    if len(children) == 1 and next(iter(children)) in _WRAPPERS:
-        ((wrapper, inner),) = children.items()
-        inside = find_backbone(inner)
-        backbone, inner_head = (
-            tuple(f"{wrapper}.{n}" for n in names) for names in (inside.backbone, inside.head)
+    for rule in (_wrapper, *frameworks.RULES, *rules.LIBRARIES, _only_child, *rules.CONVENTIONS):
+        found = rule(model)
+        if found is not None:
+            if rule in frameworks.RULES:  # which know better
+                return found
+            rules.refuse_doubtful(model, found)
+            return release_poolers(model, found)
+    raise rules.undecided(model, "no part is named like a head, or too many could be it")
+
+
+def _wrapper(model: nn.Module) -> Selection | None:
+    """Look into what wraps a model: ``torch.compile``, DataParallel, AveragedModel."""
+    name = rules.wrapped(model)
+    return None if name is None else _within(model, name)
+
+
+def _only_child(model: nn.Module) -> Selection | None:
+    """Look into what holds one model and nothing else that trains."""
+    full = [name for name, child in model.named_children() if has_parameters(child)]
+    if len(full) != 1 or any(p is not None for p in model._parameters.values()):
+        return None
+    return _within(model, full[0]) if any(True for _ in model.get_submodule(full[0]).children()) else None
+
+
+def _within(model: nn.Module, name: str) -> Selection:
+    try:
+        return prefixed(find_backbone(model.get_submodule(name)), name)
+    except SelectionError as error:
+        # the remedy is a call with the model inside, which may be made all the same
+        where, remedy = (
+            text and re.sub(r"\bmodel\b(?=[.,]|$)", f"model.{name}", text)
+            for text in (error.where, error.remedy)
         )
-        return Selection(backbone, inner_head, inside.rule)
-    for rule_of in frameworks.RULES:
-        selection = rule_of(model)
-        if selection is not None:
-            return selection
-    heads = [name for name in _HEADS if name in children]
-    if len(heads) != 1:
-        found = f"{len(heads)} children are named like a head" if heads else "no child is named like a head"
-        raise SelectionError(
-            f"cannot tell the head of {type(model).__name__}: {found} ({', '.join(heads or _HEADS)})",
-            where="model",
-            got=_candidates(model),
-            remedy=_call_to_make(model, heads),
-        )
-    (head,) = heads
-    if not any(True for _ in children[head].parameters()):
-        raise SelectionError(
-            f"the head {head!r} has no parameters, so nothing would be left to train",
-            where="model",
-            got=f"{head}: {type(children[head]).__name__}",
-            remedy=f"put the new head in place first (model.{head} = ...), or freeze everything with "
-            'freezekit.freeze(model, "*")',
-        )
-    auxiliary = [name for name in _AUXILIARY if children.get(name) is not None]
-    later = list(children)[list(children).index(head) + 1 :]
-    later = [n for n in later if n not in auxiliary and any(True for _ in children[n].parameters())]
-    if later:
-        raise SelectionError(
-            f"cannot tell the head of {type(model).__name__}: {head!r} is named like one but not the last",
-            where="model",
-            got=_candidates(model),
-            remedy=_call_to_make(model, [*later, head]),
-        )
-    rule = f"the child named {head!r} is the head" + (
-        f", with the auxiliary {', '.join(map(repr, auxiliary))}" if auxiliary else ""
-    )
-    return release_poolers(model, everything_but([head, *auxiliary], model, rule))
+        raise type(error)(error.what, where=where, got=error.got, remedy=remedy) from None
 
 
 def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:
@@ -113,26 +115,3 @@ def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None
             remedy="give one of the two; the other is everything else",
         )
     return Selection(tuple(backbones), tuple(heads), "backbone= and head= were given")
-
-
-def _candidates(model: nn.Module) -> str:
-    """Describe the children, since one of them must be the head."""
-    rows = [
-        f"{name} ({type(child).__name__}, {sum(p.numel() for p in child.parameters()):,} parameters)"
-        for name, child in model.named_children()
-    ]
-    shown = rows if len(rows) <= 12 else [*rows[:5], "...", *rows[-6:]]
-    return "; ".join(shown) or f"{type(model).__name__}, which has no children"
-
-
-def _call_to_make(model: nn.Module, heads: Sequence[str]) -> str:
-    with_parameters = [n for n, child in model.named_children() if any(True for _ in child.parameters())]
-    nested = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in _HEADS]
-    shallowest = min((n.count(".") for n in nested), default=0)
-    likely = list(heads) or [n for n in nested if n.count(".") == shallowest][:3] or with_parameters[-1:]
-    if not likely:
-        return 'freezekit.freeze(model, "*") freezes all of a model'
-    calls = " or ".join(f"freezekit.freeze_backbone(model, head={name!r})" for name in likely)
-    if "backbone" in with_parameters:
-        calls = "freezekit.freeze_backbone(model, backbone='backbone')"
-    return f"say which it is, for example {calls}"

@@ -47,8 +47,8 @@ def segmentation_model(model: nn.Module) -> Selection | None:
 
     Source: segmentation_models_pytorch documentation: only the encoder comes with pretrained weights.
     """
-    encoder = model._modules.get("encoder")
-    if not derives(model, "SegmentationModel", "segmentation_models_pytorch") or encoder is None:
+    encoder = getattr(model, "encoder", None)
+    if encoder is None or not derives(model, "SegmentationModel", "segmentation_models_pytorch"):
         return None
     head = everything_but(["encoder"], model, "").backbone
     return everything_but(head, model, "segmentation_models_pytorch: 'encoder' is the backbone")

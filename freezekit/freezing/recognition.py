@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 
 from torch import nn
 
 from freezekit.errors import SelectionError
-from freezekit.freezing.selection import Selection
+from freezekit.freezing.selection import Selection, prefixed
 
 __all__ = [
     "SKIPPED",
@@ -72,9 +73,8 @@ def find_inside(model: nn.Module, name: str) -> Selection:
     """Find the backbone of a child, in the names of the model."""
     from freezekit.freezing.discovery import find_backbone
 
-    inner = find_backbone(model.get_submodule(name))
-    backbone, head = (tuple(f"{name}.{n}" for n in names) for names in (inner.backbone, inner.head))
-    return Selection(backbone, head, f"{name}: {inner.rule}")
+    inner = prefixed(find_backbone(model.get_submodule(name)), name)
+    return replace(inner, rule=f"{name}: {inner.rule}")
 
 
 def answer_of(find: Callable[..., Selection], *arguments: object) -> Selection | SelectionError:

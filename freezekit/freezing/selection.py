@@ -13,9 +13,13 @@ from freezekit.patterns import select
 
 __all__ = [
     "Names",
+    "NoHeadError",
     "Selection",
     "everything_but",
+    "has_parameters",
     "names_of",
+    "nothing_but",
+    "prefixed",
     "require_module",
     "resolve",
     "tensors_of",
@@ -32,7 +36,7 @@ class Selection:
     Args:
         backbone: names of the modules and of tensors outside them (such as ViT's ``class_token``) that
             make up the backbone; each module stands for everything below it.
-        head: names of the modules that make up the head.
+        head: names of the modules, and of tensors outside them, that make up the head.
         rule: what decided, in words.
     """
 
@@ -46,12 +50,21 @@ class Selection:
         )
 
 
+class NoHeadError(SelectionError):
+    """The model is known, and its head was taken off: what is left is all backbone."""
+
+
 def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield ``(full name, owner, own name, tensor)`` for every parameter and buffer, tied ones each time."""
     for path, owner in module.named_modules(prefix=prefix, remove_duplicate=False):
         for own_name, tensor in (*owner._parameters.items(), *owner._buffers.items()):
             if tensor is not None:
                 yield (f"{path}.{own_name}" if path else own_name), owner, own_name, tensor
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Tell whether anything in the module could train."""
+    return any(True for _ in module.parameters())
 
 
 def require_module(model: object) -> None:
@@ -111,3 +124,14 @@ def everything_but(excluded: Sequence[str], model: nn.Module, rule: str) -> Sele
             full = (f"{path}.{name}" if path else name for name in below)
             cover += [name for name in full if name not in out and name not in split]
     return Selection(tuple(cover), tuple(excluded), rule)
+
+
+def nothing_but(chosen: Sequence[str], model: nn.Module, rule: str) -> Selection:
+    """Take what is chosen for the backbone and the rest for the head, which is named likewise."""
+    return Selection(tuple(chosen), everything_but(chosen, model, "").backbone, rule)
+
+
+def prefixed(selection: Selection, name: str) -> Selection:
+    """Give the names of a selection in the child ``name`` as the model above has them."""
+    backbone, head = (tuple(f"{name}.{n}" for n in names) for names in (selection.backbone, selection.head))
+    return Selection(backbone, head, selection.rule)

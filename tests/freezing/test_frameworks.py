@@ -395,7 +395,7 @@ class TestLightning:
 
     def test_a_model_with_its_head_beside_another_head_is_refused(self) -> None:
         module = lightning_class()(net=zoo.make("resnet18"), head=nn.Linear(10, 3))
-        with pytest.raises(SelectionError, match=r"head=\['net.fc'.*or .*head=\['head'\]"):
+        with pytest.raises(SelectionError, match=r"more than one reading.*head=\['net.fc'"):
             find_backbone(module)
 
     def test_the_reason_of_the_model_inside_is_given(self) -> None:
@@ -466,7 +466,7 @@ def test_no_framework_is_imported() -> None:
         "import sys, torch, freezekit\n"
         "from collections import OrderedDict\n"
         "L = torch.nn.Linear\n"
-        "freezekit.freeze_backbone(torch.nn.Sequential(OrderedDict(a=L(2, 2), fc=L(2, 2))))\n"
+        "freezekit.freeze_backbone(torch.nn.Sequential(OrderedDict(stem=L(2, 2), fc=L(2, 2))))\n"
         "print({'transformers', 'peft', 'lightning', 'segmentation_models_pytorch'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

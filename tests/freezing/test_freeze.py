@@ -144,14 +144,14 @@ def test_unfreeze_of_what_is_not_frozen() -> None:
 
 def test_context_manager() -> None:
     model = mlp()
-    with freeze_backbone(model) as handle:
+    with freeze_backbone(model, head="fc") as handle:
         assert handle.trainable == ["fc.weight", "fc.bias"]
     assert handle.frozen == []
     assert model.bn.training
 
 
 def test_handle_as_a_table() -> None:
-    handle = freeze_backbone(mlp())
+    handle = freeze_backbone(mlp(), head="fc")
     assert str(handle) == (
         "layer  type               frozen  trainable  held norms\n"
         "a      FrozenLinear           40          0           0\n"
@@ -159,7 +159,7 @@ def test_handle_as_a_table() -> None:
         "b      FrozenLinear           72          0           0\n"
         "fc     Linear                  0         18           0\n"
         "total  Sequential            128         18           1\n"
-        "rule: the child named 'fc' is the head"
+        "rule: head= was given"
     )
     assert repr(handle) == "<Freeze of Sequential: 9 tensors frozen>"
 
@@ -310,7 +310,7 @@ def test_a_traced_graph_is_frozen_by_its_layers() -> None:
     model = nn.ModuleDict({"net": graph, "fc": nn.Linear(2, 2)})
     x = zoo.images("resnet18")
     expected = graph(x)
-    handle = freeze_backbone(model)
+    handle = freeze_backbone(model, head="fc")
     assert is_frozen(model, "net")
     before = zoo.snapshot(model)
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -441,7 +441,7 @@ def test_unfreezing_part_of_a_norm_layer_lets_its_statistics_go() -> None:
 
 def test_undo_refuses_to_break_a_layer_that_was_changed_meanwhile() -> None:
     model = mlp()
-    handle = freeze_backbone(model)
+    handle = freeze_backbone(model, head="fc")
     nn.utils.parametrizations.weight_norm(model.a)
     for end in (handle.undo, lambda: unfreeze(model), lambda: unfreeze(model, "a")):
         with pytest.raises(
@@ -561,13 +561,13 @@ def test_a_layer_of_two_freezes_is_held_until_both_end(order: tuple[int, int]) -
 def test_root_buffers_belong_to_the_backbone() -> None:
     model = nn.Sequential(OrderedDict(body=nn.Linear(2, 2), fc=nn.Linear(2, 2)))
     model.register_buffer("pixel_mean", torch.zeros(3))
-    assert freezekit.find_backbone(model).backbone == ("pixel_mean", "body")
+    assert freezekit.find_backbone(model).backbone == ("body", "pixel_mean")
     assert freeze_backbone(model).frozen == ["pixel_mean", "body.weight", "body.bias"]
 
 
 def test_a_child_called_module_is_no_wrapper_beside_others() -> None:
     model = nn.Sequential(OrderedDict(module=zoo.make("resnet18"), fc=nn.Linear(10, 2)))
-    assert freezekit.find_backbone(model).head == ("fc",)
+    assert freezekit.find_backbone(model).head == ("fc", "module.fc")
 
 
 def test_a_module_given_is_found_under_all_its_names() -> None:

@@ -27,13 +27,17 @@ from freezekit import (
     unfreeze,
 )
 
-MLP = ["a", "bn", "drop", "b", "fc"]
+MLP = ["layer1", "bn", "drop", "layer2", "fc"]
 
 
 def mlp(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers = OrderedDict(
-        a=nn.Linear(4, 8), bn=nn.BatchNorm1d(8), drop=nn.Dropout(0.5), b=nn.Linear(8, 8), fc=nn.Linear(8, 2)
+        layer1=nn.Linear(4, 8),
+        bn=nn.BatchNorm1d(8),
+        drop=nn.Dropout(0.5),
+        layer2=nn.Linear(8, 8),
+        fc=nn.Linear(8, 2),
     )
     return zoo.scramble(nn.Sequential(layers))  # type: ignore[return-value]
 
@@ -65,18 +69,18 @@ def test_what_it_says() -> None:
         "bn": "freeze_stats",
         "convert": "affine",
     }
-    assert manifest.names == ("a", "bn", "drop", "b")
+    assert manifest.names == ("layer1", "bn", "drop", "layer2")
     assert manifest.head == ("fc",)
-    assert manifest.rule == "the child named 'fc' is the head"
-    assert manifest.layers == ("a", "bn", "drop", "b")
+    assert manifest.rule == "'fc' is named like a head and comes last"
+    assert manifest.layers == ("layer1", "bn", "drop", "layer2")
     assert [(t.name, t.role, t.dtype, t.shape) for t in manifest.tensors] == [
-        ("a.weight", "parameter", "float32", (8, 4)),
-        ("a.bias", "parameter", "float32", (8,)),
+        ("layer1.weight", "parameter", "float32", (8, 4)),
+        ("layer1.bias", "parameter", "float32", (8,)),
         ("bn.running_mean", "running_mean", "float32", (8,)),
         ("bn.running_var", "running_var", "float32", (8,)),
         ("bn.num_batches_tracked", "num_batches_tracked", "int64", ()),
-        ("b.weight", "parameter", "float32", (8, 8)),
-        ("b.bias", "parameter", "float32", (8,)),
+        ("layer2.weight", "parameter", "float32", (8, 8)),
+        ("layer2.bias", "parameter", "float32", (8,)),
     ]
     state = model.state_dict()
     assert [t.sha256 for t in manifest.tensors] == [sha256(state[t.name]) for t in manifest.tensors]
@@ -85,23 +89,23 @@ def test_what_it_says() -> None:
 
 def test_patterns_and_modules_are_kept_as_names() -> None:
     model = mlp()
-    manifest = freeze(model, [model.bn, "?.weight"]).manifest()
-    assert manifest.names == ("bn", "a.weight", "b.weight")
+    manifest = freeze(model, [model.bn, "layer?.weight"]).manifest()
+    assert manifest.names == ("bn", "layer1.weight", "layer2.weight")
     assert (manifest.head, manifest.rule) == ((), None)
 
 
 def test_it_is_of_this_freeze_and_of_now() -> None:
     model = mlp()
-    first, second = freeze(model, ["a", "bn"]), freeze(model, ["bn", "b"])
-    assert first.manifest().layers == ("a", "bn")
+    first, second = freeze(model, ["layer1", "bn"]), freeze(model, ["bn", "layer2"])
+    assert first.manifest().layers == ("layer1", "bn")
     assert second.manifest().frozen == second.frozen
     before = second.manifest()
     with torch.no_grad():
-        model.b.weight.mul_(1.5)  # frozen or not, code can write
+        model.layer2.weight.mul_(1.5)  # frozen or not, code can write
     after = second.manifest()
     differing = [t.name for t, u in zip(before.tensors, after.tensors, strict=True) if t != u]
-    assert differing == ["b.weight"]
-    unfreeze(model, "b")
+    assert differing == ["layer2.weight"]
+    unfreeze(model, "layer2")
     assert second.manifest().layers == ("bn",)
     second.undo()
     assert second.manifest().tensors == ()
@@ -162,11 +166,17 @@ def test_a_tensor_that_is_not_plain_has_no_digest() -> None:
 
 def test_tied_tensors_are_named_each_time() -> None:
     model = mlp()
-    model.c = nn.Linear(8, 8)
-    model.c.weight = model.b.weight
-    manifest = freeze(model, ["a", "b"]).manifest()
-    assert manifest.frozen == ["a.weight", "a.bias", "b.weight", "b.bias", "c.weight"]
-    assert {t.name: t.tied_to for t in manifest.tensors if t.tied_to} == {"c.weight": "b.weight"}
+    model.layer3 = nn.Linear(8, 8)
+    model.layer3.weight = model.layer2.weight
+    manifest = freeze(model, ["layer1", "layer2"]).manifest()
+    assert manifest.frozen == [
+        "layer1.weight",
+        "layer1.bias",
+        "layer2.weight",
+        "layer2.bias",
+        "layer3.weight",
+    ]
+    assert {t.name: t.tied_to for t in manifest.tensors if t.tied_to} == {"layer3.weight": "layer2.weight"}
     assert manifest.tensors[4].sha256 == manifest.tensors[2].sha256
 
 
@@ -186,9 +196,9 @@ CHANGES: dict[str, Callable[[nn.Module], freezekit.Freeze]] = {
     "affine": lambda m: freeze_backbone(m, convert="affine"),
     "fold": lambda m: freeze_backbone(m, convert="fold"),
     "all": lambda m: freeze(m, "*"),
-    "parts": lambda m: freeze(m, ["bn", "drop", "b.bias"]),
+    "parts": lambda m: freeze(m, ["bn", "drop", "layer2.bias"]),
     "norm": lambda m: freeze(m, "bn"),
-    "one": lambda m: freeze(m, "a.weight"),
+    "one": lambda m: freeze(m, "layer1.weight"),
     "dropout": lambda m: freeze(m, "drop"),
 }
 
@@ -227,7 +237,9 @@ def test_restored_over_the_zoo(name: str) -> None:
     assert torch.equal(zoo.features(fresh, head, x), zoo.features(model, head, x))
 
 
-@pytest.mark.parametrize("names", [["b"], ["drop"], ["bn"], ["a.weight"], ["b.bias", "bn"], MLP[:-1]])
+@pytest.mark.parametrize(
+    "names", [["layer2"], ["drop"], ["bn"], ["layer1.weight"], ["layer2.bias", "bn"], MLP[:-1]]
+)
 @pytest.mark.parametrize("bn", ["freeze", "freeze_stats"])
 def test_restored_after_partial_unfreezing(names: list[str], bn: str) -> None:
     model = mlp()
@@ -313,7 +325,7 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("patterns", ["*", "[ab]*"])
+@pytest.mark.parametrize("patterns", ["*", "[lb]*"])
 @pytest.mark.parametrize("after", WRAPPERS)
 @pytest.mark.parametrize("before", WRAPPERS)
 def test_wrappers_do_not_matter(before: str, after: str, patterns: str) -> None:
@@ -321,7 +333,7 @@ def test_wrappers_do_not_matter(before: str, after: str, patterns: str) -> None:
     freeze(same, patterns)
     wrapped = WRAPPERS[before](model)
     whole = patterns == "*"
-    handle = freeze(wrapped, "*" if whole else [model.a, model.bn, model.b])
+    handle = freeze(wrapped, "*" if whole else [model.layer1, model.bn, model.layer2])
     fresh = mlp()
     restored = handle.manifest().restore(WRAPPERS[after](fresh))
     assert held(fresh) == held(same)
@@ -345,9 +357,9 @@ def test_a_compiled_part() -> None:
     model = mlp()
     manifest = freeze_backbone(model).manifest()
     fresh = again(mlp, model)
-    fresh.b = torch.compile(fresh.b, backend="eager")
+    fresh.layer2 = torch.compile(fresh.layer2, backend="eager")
     restored = manifest.restore(fresh)
-    assert "b._orig_mod.weight" in restored.frozen
+    assert "layer2._orig_mod.weight" in restored.frozen
     assert restored.trainable == ["fc.weight", "fc.bias"]
 
 
@@ -379,7 +391,7 @@ def test_what_was_added_below_a_frozen_layer_later_trains() -> None:
         return model
 
     model = make()
-    handle = freeze_backbone(model)
+    handle = freeze(model, "body")
     adapt(model)
     manifest = handle.manifest()
     assert "body" in manifest.layers
@@ -450,7 +462,7 @@ def test_other_values_are_refused() -> None:
     assert untouched(fresh)
     assert manifest.restore(fresh, strict=False).frozen == manifest.frozen
     with pytest.raises(
-        FreezekitError, match=r"frozen tensors .*got 9: 'a.weight', 'a.bias', 'bn.weight', \.\.\."
+        FreezekitError, match=r"frozen tensors .*got 9: 'layer1.weight', 'layer1.bias', 'bn.weight', \.\.\."
     ):
         manifest.restore(zoo.scramble(mlp(seed=3)))
 
@@ -466,8 +478,8 @@ def test_what_trains_may_differ() -> None:
 def test_another_dtype_is_refused() -> None:
     manifest = freeze_backbone(mlp()).manifest()
     fresh = mlp()
-    fresh.b.half()
-    with pytest.raises(FreezekitError, match=r"another dtype .*'b.weight': float16, was float32"):
+    fresh.layer2.half()
+    with pytest.raises(FreezekitError, match=r"another dtype .*'layer2.weight': float16, was float32"):
         manifest.restore(fresh)
     assert untouched(fresh)
     assert manifest.restore(fresh, strict=False).frozen == manifest.frozen
@@ -480,13 +492,13 @@ def test_another_model_is_refused() -> None:
     with pytest.raises(FreezekitError, match=r"not in the model \(got 1: 'drop'\).*as it was .*Sequential"):
         manifest.restore(fresh)
     fresh = mlp()
-    fresh.a = nn.Linear(4, 8, bias=False)
-    with pytest.raises(FreezekitError, match=r"not in the model \(got 1: 'a.bias'\)"):
+    fresh.layer1 = nn.Linear(4, 8, bias=False)
+    with pytest.raises(FreezekitError, match=r"not in the model \(got 1: 'layer1.bias'\)"):
         manifest.restore(fresh)
     fresh = mlp()
-    fresh.b = nn.Linear(8, 9)
+    fresh.layer2 = nn.Linear(8, 9)
     with pytest.raises(
-        FreezekitError, match=r"frozen .*another shape .*got 2: 'b.weight': \(9, 8\), was \(8, 8\)"
+        FreezekitError, match=r"frozen .*another shape .*got 2: 'layer2.weight': \(9, 8\), was \(8, 8\)"
     ):
         manifest.restore(fresh)
     assert all(p.requires_grad for p in fresh.parameters())
@@ -496,26 +508,26 @@ def test_another_model_is_refused() -> None:
 
 def test_a_tensor_the_manifest_does_not_know_in_a_frozen_layer() -> None:
     model = mlp()
-    model.a = nn.Linear(4, 8, bias=False)
+    model.layer1 = nn.Linear(4, 8, bias=False)
     manifest = freeze_backbone(model).manifest()
     fresh = mlp()
-    fresh.a.weight = copy.deepcopy(model.a.weight).requires_grad_(True)
+    fresh.layer1.weight = copy.deepcopy(model.layer1.weight).requires_grad_(True)
     fresh.load_state_dict(model.state_dict(), strict=False)
     restored = manifest.restore(fresh)
     # it was in no frozen layer then, so it trains; the layer is held all the same
     assert restored.frozen == manifest.frozen
-    assert restored.trainable == ["a.bias", "fc.weight", "fc.bias"]
+    assert restored.trainable == ["layer1.bias", "fc.weight", "fc.bias"]
 
 
 def test_frozen_anew_before_is_refused() -> None:
     model = mlp()
     handle = freeze_backbone(model)
-    unfreeze(model, "b")
+    unfreeze(model, "layer2")
     manifest = handle.manifest()
     fresh = again(mlp, model)
     freeze_backbone(fresh)
     with pytest.raises(
-        FreezekitError, match=r"frozen already, and more.*'b.bias', 'b.weight' frozen too.*unfreeze"
+        FreezekitError, match=r"frozen already, and more.*'layer2.bias', 'layer2.weight' frozen too.*unfreeze"
     ):
         manifest.restore(fresh)
     unfreeze(fresh)
@@ -524,13 +536,13 @@ def test_frozen_anew_before_is_refused() -> None:
 
 def test_several_freezes_are_restored_one_by_one() -> None:
     model = mlp()
-    handles = [freeze(model, ["a", "bn"]), freeze(model, ["bn", "b"])]
+    handles = [freeze(model, ["layer1", "bn"]), freeze(model, ["bn", "layer2"])]
     fresh = again(mlp, model)
     restored = [handle.manifest().restore(fresh) for handle in handles]
     assert [r.frozen for r in restored] == [h.frozen for h in handles]
     assert held(fresh) == held(model)
     restored[0].undo()
-    assert held(fresh) == ["bn", "b"]
+    assert held(fresh) == ["bn", "layer2"]
 
 
 def test_restoring_twice_is_two_freezes() -> None:

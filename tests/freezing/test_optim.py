@@ -38,13 +38,15 @@ def net(sparse: bool = False) -> nn.Module:
     """Three layers of matrices only, so that every optimizer takes them."""
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for name, width in (("a", 5), ("b", 5), ("fc", 3)):
+    for name, width in (("layer1", 5), ("layer2", 5), ("fc", 3)):
         layers[name] = nn.Embedding(6, width, sparse=True) if sparse else nn.Linear(5, width, bias=False)
     return nn.ModuleDict(layers) if sparse else nn.Sequential(layers)
 
 
 def mlp() -> nn.Sequential:
-    layers = OrderedDict(a=nn.Linear(4, 6), bn=nn.BatchNorm1d(6), b=nn.Linear(6, 6), fc=nn.Linear(6, 2))
+    layers = OrderedDict(
+        layer1=nn.Linear(4, 6), bn=nn.BatchNorm1d(6), layer2=nn.Linear(6, 6), fc=nn.Linear(6, 2)
+    )
     torch.manual_seed(0)
     return zoo.scramble(nn.Sequential(layers))  # type: ignore[return-value]
 
@@ -137,7 +139,7 @@ def test_every_optimizer_of_torch(name: str, grouped: bool) -> None:
     train(model, optimizer)
     who, before, weights = members(optimizer), bits(optimizer.state_dict()), zoo.snapshot(model)
 
-    handle = freeze(model, ["a", "b"], optimizer=optimizer)
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
     gone = {id(p) for p in parameters[:2]}
     assert not gone & {key for group in members(optimizer) for key in group}
     assert not gone & {id(p) for p in optimizer.state}
@@ -146,7 +148,7 @@ def test_every_optimizer_of_torch(name: str, grouped: bool) -> None:
     assert members(optimizer) == who
     assert bits(optimizer.state_dict()) == before
 
-    handle = freeze(model, ["a", "b"], optimizer=optimizer)
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
     parked = bits([optimizer.state_dict()["freezekit_parked"]])
     train(model, optimizer)
     optimizer.zero_grad(set_to_none=False)
@@ -168,9 +170,9 @@ def test_lbfgs_made_before_the_freeze_moves_what_it_is_not_told_of() -> None:
     optimizer = TORCH.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     train(model, optimizer)
     before = zoo.snapshot(model)
-    freeze(model, ["a", "b"])
+    freeze(model, ["layer1", "layer2"])
     train(model, optimizer)
-    assert zoo.snapshot(model)["a.weight"] != before["a.weight"]
+    assert zoo.snapshot(model)["layer1.weight"] != before["layer1.weight"]
 
 
 def test_lbfgs_keeps_its_history_until_a_step_is_made_without_it() -> None:
@@ -178,10 +180,10 @@ def test_lbfgs_keeps_its_history_until_a_step_is_made_without_it() -> None:
     optimizer = TORCH.LBFGS(model.parameters(), lr=0.5, max_iter=3)
     train(model, optimizer)
     full = bits(optimizer.state_dict())
-    outer = freeze(model, "a", optimizer=optimizer)
+    outer = freeze(model, "layer1", optimizer=optimizer)
     train(model, optimizer, steps=1)
     partial = bits(optimizer.state_dict())
-    inner = freeze(model, "b", optimizer=optimizer)
+    inner = freeze(model, "layer2", optimizer=optimizer)
     inner.undo()
     assert bits(optimizer.state_dict()) == partial
     outer.undo()
@@ -189,11 +191,11 @@ def test_lbfgs_keeps_its_history_until_a_step_is_made_without_it() -> None:
     twin = net()
     again = TORCH.LBFGS(twin.parameters(), lr=0.5, max_iter=3)
     train(twin, again)
-    first, second = freeze(twin, "a", optimizer=again), freeze(twin, "b", optimizer=again)
+    first, second = freeze(twin, "layer1", optimizer=again), freeze(twin, "layer2", optimizer=again)
     first.undo()
     second.undo()
     assert bits(again.state_dict()) == full
-    third = freeze(twin, "a", optimizer=again)
+    third = freeze(twin, "layer1", optimizer=again)
     again.load_state_dict(saved(again))  # another run's, for all it knows
     third.undo()
     assert again.state_dict()["state"] == {}
@@ -261,7 +263,7 @@ def test_optimizers_that_move_parameters_without_a_gradient(name: str, told: boo
     train(model, optimizer, steps=4)
     state = bits(list(optimizer.state.values()))
     who, before = members(optimizer), zoo.snapshot(model)
-    handle = freeze(model, ["a", "b"], optimizer=optimizer if told else None)
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer if told else None)
     train(model, optimizer, steps=4)
     if hasattr(optimizer, "eval"):
         optimizer.eval()
@@ -271,14 +273,14 @@ def test_optimizers_that_move_parameters_without_a_gradient(name: str, told: boo
     after = zoo.snapshot(model)
     frozen = [name for name in after if name != "fc.weight"]
     known = {id(p) for p in optimizer.state}
-    assert bool({id(model.a.weight), id(model.b.weight)} & known) != told
+    assert bool({id(model.layer1.weight), id(model.layer2.weight)} & known) != told
     assert all((after[n] == before[n]) == told for n in frozen)  # not told, it moves them
     assert after["fc.weight"] != before["fc.weight"]
     handle.undo()
     assert members(optimizer) == who
     if told and name == "Lookahead":
         states = {id(p): value for p, value in optimizer.state.items()}
-        assert bits([states[id(p)] for p in (model.a.weight, model.b.weight)]) == state[:2]
+        assert bits([states[id(p)] for p in (model.layer1.weight, model.layer2.weight)]) == state[:2]
 
 
 class Accelerated(torch.optim.Optimizer):
@@ -310,7 +312,7 @@ def test_a_wrapper_may_go_before_the_freeze_ends() -> None:
     inner = TORCH.Adam(model.parameters(), lr=0.1)
     train(model, Accelerated(inner))
     before = bits(inner.state_dict())
-    handle = freeze(model, "a", optimizer=Accelerated(inner))
+    handle = freeze(model, "layer1", optimizer=Accelerated(inner))
     gc.collect()
     assert len(inner.state_dict()["freezekit_parked"]) == 1
     assert handle.orphans == []
@@ -320,9 +322,9 @@ def test_a_wrapper_may_go_before_the_freeze_ends() -> None:
 
 def test_an_optimizer_that_has_another_one_is_no_wrapper_of_it() -> None:
     model = net()
-    optimizer = TORCH.SGD([model.a.weight, model.fc.weight], lr=0.1)
-    optimizer.beside = TORCH.SGD([model.b.weight], lr=0.1)  # type: ignore[attr-defined]
-    freeze(model, "a", optimizer=[optimizer, optimizer.beside])  # type: ignore[attr-defined]
+    optimizer = TORCH.SGD([model.layer1.weight, model.fc.weight], lr=0.1)
+    optimizer.beside = TORCH.SGD([model.layer2.weight], lr=0.1)  # type: ignore[attr-defined]
+    freeze(model, "layer1", optimizer=[optimizer, optimizer.beside])  # type: ignore[attr-defined]
     assert members(optimizer) == [[id(model.fc.weight)]]
 
 
@@ -330,14 +332,14 @@ def test_a_freeze_does_not_keep_an_optimizer_alive() -> None:
     model = net()
     optimizer = TORCH.Adam(model.parameters(), lr=0.1)
     train(model, optimizer)
-    handle = freeze(model, "a", optimizer=optimizer)
+    handle = freeze(model, "layer1", optimizer=optimizer)
     gone = weakref.ref(optimizer)
     del optimizer
     gc.collect()
     assert gone() is None
     assert handle.orphans == []
     handle.undo()
-    assert model.a.weight.requires_grad
+    assert model.layer1.weight.requires_grad
 
 
 # -- places ------------------------------------------------------------------------------------------------
@@ -349,14 +351,14 @@ def test_what_comes_back_finds_its_place_whatever_was_added() -> None:
     optimizer = TORCH.SGD(named.items(), lr=0.1, momentum=0.9)
     train(model, optimizer)
     state = {name: bits(optimizer.state[p]) for name, p in named.items()}
-    handles = [freeze(model, part, optimizer=optimizer) for part in ("b", "a", "bn")]
+    handles = [freeze(model, part, optimizer=optimizer) for part in ("layer2", "layer1", "bn")]
     extra = nn.Parameter(torch.ones(2))
     optimizer.param_groups[0]["params"].append(extra)
     optimizer.param_groups[0]["param_names"].append("extra")
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(1)))]})
     expected = {
-        0: ["a.weight", "a.bias", "fc.weight", "fc.bias", "extra"],
-        1: ["a.weight", "a.bias", "b.weight", "b.bias", "fc.weight", "fc.bias", "extra"],
+        0: ["layer1.weight", "layer1.bias", "fc.weight", "fc.bias", "extra"],
+        1: ["layer1.weight", "layer1.bias", "layer2.weight", "layer2.bias", "fc.weight", "fc.bias", "extra"],
     }
     for k, handle in enumerate((handles[1], handles[0])):
         handle.undo()
@@ -375,9 +377,9 @@ def test_it_comes_back_when_the_last_freeze_ends(order: tuple[int, int], told: t
     optimizer = TORCH.Adam(model.parameters(), lr=0.1)
     train(model, optimizer)
     who, before = members(optimizer), bits(optimizer.state_dict())
-    handles = [freeze(model, "a", optimizer=optimizer if given else None) for given in told]
+    handles = [freeze(model, "layer1", optimizer=optimizer if given else None) for given in told]
     handles[order[0]].undo()
-    assert id(model.a.weight) not in members(optimizer)[0]
+    assert id(model.layer1.weight) not in members(optimizer)[0]
     handles[order[1]].undo()
     assert members(optimizer) == who
     assert bits(optimizer.state_dict()) == before
@@ -410,19 +412,19 @@ def test_gamma_and_beta_that_train_stay_in() -> None:
 def test_membership_is_by_identity() -> None:
     model = net()
     with torch.no_grad():
-        model.b.weight.copy_(model.a.weight)
-    optimizer = TORCH.SGD([model.a.weight, model.b.weight, model.fc.weight], lr=0.1)
-    freeze(model, "b", optimizer=optimizer)
-    assert members(optimizer) == [[id(model.a.weight), id(model.fc.weight)]]
+        model.layer2.weight.copy_(model.layer1.weight)
+    optimizer = TORCH.SGD([model.layer1.weight, model.layer2.weight, model.fc.weight], lr=0.1)
+    freeze(model, "layer2", optimizer=optimizer)
+    assert members(optimizer) == [[id(model.layer1.weight), id(model.fc.weight)]]
 
 
 def test_a_tied_parameter_leaves_and_returns_once() -> None:
     model = net()
-    model.b.weight = model.a.weight
+    model.layer2.weight = model.layer1.weight
     optimizer = TORCH.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer)
     who, before = members(optimizer), bits(optimizer.state_dict())
-    handle = freeze(model, "b", optimizer=optimizer)
+    handle = freeze(model, "layer2", optimizer=optimizer)
     assert members(optimizer) == [[id(model.fc.weight)]]
     handle.undo()
     assert members(optimizer) == who
@@ -432,22 +434,22 @@ def test_a_tied_parameter_leaves_and_returns_once() -> None:
 def test_a_parameter_tied_while_it_is_frozen_stays_out() -> None:
     model = mlp()
     optimizer = TORCH.SGD(model.parameters(), lr=0.1)
-    freeze(model, "b", optimizer=optimizer)
-    other = freeze(model, "a", optimizer=optimizer)
+    freeze(model, "layer2", optimizer=optimizer)
+    other = freeze(model, "layer1", optimizer=optimizer)
     model.add_module("late", nn.Linear(6, 6, bias=False))
-    model.late.weight = model.b.weight
+    model.late.weight = model.layer2.weight
     other.undo()
-    assert id(model.b.weight) not in members(optimizer)[0]
+    assert id(model.layer2.weight) not in members(optimizer)[0]
 
 
 def test_what_was_put_back_by_hand_is_not_put_back_twice() -> None:
     model = net()
     optimizer = TORCH.SGD(model.parameters(), lr=0.1, momentum=0.9)
     train(model, optimizer)
-    handle = freeze(model, ["a", "b"], optimizer=optimizer)
-    optimizer.add_param_group({"params": [model.a.weight]})
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
+    optimizer.add_param_group({"params": [model.layer1.weight]})
     handle.undo()
-    assert members(optimizer) == [[id(model.b.weight), id(model.fc.weight)], [id(model.a.weight)]]
+    assert members(optimizer) == [[id(model.layer2.weight), id(model.fc.weight)], [id(model.layer1.weight)]]
     train(model, optimizer)
 
 
@@ -455,12 +457,12 @@ def test_a_freeze_that_fails_leaves_the_optimizer_as_it_was(monkeypatch: pytest.
     model = net()
     stuck = nn.Linear(2, 2)  # which the optimizer does not have
     model.add_module("new", stuck)
-    optimizer = TORCH.SGD([model.a.weight, model.b.weight, model.fc.weight], lr=0.1, momentum=0.9)
+    optimizer = TORCH.SGD([model.layer1.weight, model.layer2.weight, model.fc.weight], lr=0.1, momentum=0.9)
     who = members(optimizer)
     with pytest.raises(OptimizerWarning):  # as errors, here
-        freeze(model, "a", optimizer=optimizer)
+        freeze(model, "layer1", optimizer=optimizer)
     assert members(optimizer) == who
-    assert not is_frozen(model, "a")
+    assert not is_frozen(model, "layer1")
 
 
 @pytest.mark.parametrize(
@@ -469,10 +471,10 @@ def test_a_freeze_that_fails_leaves_the_optimizer_as_it_was(monkeypatch: pytest.
 def test_what_is_no_optimizer_is_refused(given: Any, got: str) -> None:
     model = mlp()
     for call in (freeze, freeze_backbone):
-        arguments = (model, "a") if call is freeze else (model,)
+        arguments = (model, "layer1") if call is freeze else (model,)
         with pytest.raises(FreezekitError, match=f"optimizer=: not an optimizer .got {got}"):
             call(*arguments, optimizer=given)  # type: ignore[operator]
-    assert not is_frozen(model, "a")
+    assert not is_frozen(model, "layer1")
     with pytest.raises(FreezekitError, match="not an optimizer"):
         unfreeze(model, optimizer=given)
 
@@ -488,16 +490,16 @@ def test_a_head_that_is_in_no_optimizer_is_reported() -> None:
     optimizer.add_param_group({"params": model.fc.parameters()})
     assert handle.orphans == []
     assert "in no group" not in str(handle)
-    assert freeze(model, "a").orphans == []  # none was given
+    assert freeze(model, "layer1").orphans == []  # none was given
     other = TORCH.SGD(model.fc.parameters(), lr=0.1)
-    assert freeze(model, "a", optimizer=[optimizer, other]).orphans == []
+    assert freeze(model, "layer1", optimizer=[optimizer, other]).orphans == []
 
 
 def test_the_warning_points_at_the_call() -> None:
     model = net()
-    optimizer = TORCH.SGD([model.a.weight], lr=0.1)
+    optimizer = TORCH.SGD([model.layer1.weight], lr=0.1)
     with pytest.warns(OptimizerWarning, match="move them: fc.weight. Remedy") as caught:
-        freeze(model, ["a", "b"], optimizer=optimizer)
+        freeze(model, ["layer1", "layer2"], optimizer=optimizer)
     with pytest.warns(OptimizerWarning) as caught_too:
         freeze_backbone(model, optimizer=optimizer)
     assert {caught[0].filename, caught_too[0].filename} == {__file__}
@@ -514,7 +516,7 @@ def test_schedulers_scalers_and_clipping_go_on() -> None:
     before = zoo.snapshot(model)
     for epoch in range(4):
         if epoch == 1:
-            handle = freeze(model, ["a", "b"], optimizer=optimizer)
+            handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
             before = zoo.snapshot(model)
         optimizer.zero_grad(set_to_none=False)
         scaler.scale(loss_of(model)).backward()
@@ -549,7 +551,7 @@ def test_parked_state_survives_a_resume(name: str) -> None:
     optimizer = OPTIMIZERS[name](model.parameters())
     train(model, optimizer)
     parts = bits(optimizer.state_dict())
-    handle = freeze(model, ["a", "b"], optimizer=optimizer)
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
     train(model, optimizer)
     file = saved(optimizer)
     weights = {key: value.clone() for key, value in model.state_dict().items()}
@@ -560,7 +562,7 @@ def test_parked_state_survives_a_resume(name: str) -> None:
     twin = net()
     twin.load_state_dict(weights)
     resumed = OPTIMIZERS[name](twin.parameters())
-    again = freeze(twin, ["a", "b"], optimizer=resumed)
+    again = freeze(twin, ["layer1", "layer2"], optimizer=resumed)
     resumed.load_state_dict(file)
     again.undo()
     assert bits(resumed.state_dict()) == whole
@@ -575,17 +577,17 @@ def test_loaded_state_is_a_copy_in_the_dtype_of_its_parameter(dtype: torch.dtype
     model = net()
     optimizer = TORCH.Adam(model.parameters(), lr=0.1, fused=fused)
     train(model, optimizer)
-    handle = freeze(model, "a", optimizer=optimizer)
+    handle = freeze(model, "layer1", optimizer=optimizer)
     file = saved(optimizer)
     twin = net().to(dtype)
     resumed = TORCH.Adam(twin.parameters(), lr=0.1, fused=fused)
-    again = freeze(twin, "a", optimizer=resumed)
+    again = freeze(twin, "layer1", optimizer=resumed)
     resumed.load_state_dict(file)
     for tensor in file["freezekit_parked"][0]["state"].values():
         tensor.fill_(float("nan"))
     again.undo()
     handle.undo()
-    state, new = optimizer.state[model.a.weight], resumed.state[twin.a.weight]
+    state, new = optimizer.state[model.layer1.weight], resumed.state[twin.layer1.weight]
     assert new["exp_avg"].dtype == dtype
     assert torch.equal(new["exp_avg"].float(), state["exp_avg"])
     assert new["step"].dtype == torch.float32
@@ -595,12 +597,12 @@ def test_loaded_state_is_a_copy_in_the_dtype_of_its_parameter(dtype: torch.dtype
 def test_a_parameter_that_never_had_a_state_has_none_after_loading() -> None:
     model = net()
     optimizer = TORCH.Adam(model.parameters(), lr=0.1)
-    freeze(model, "a", optimizer=optimizer)
+    freeze(model, "layer1", optimizer=optimizer)
     file = saved(optimizer)
     train(model, optimizer)
     optimizer.load_state_dict(file)
     unfreeze(model)
-    assert model.a.weight not in optimizer.state
+    assert model.layer1.weight not in optimizer.state
 
 
 def test_other_parts_frozen_than_in_the_file_is_an_error() -> None:
@@ -613,7 +615,12 @@ def test_other_parts_frozen_than_in_the_file_is_an_error() -> None:
             freeze(model, part, optimizer=optimizer)
         return model, optimizer
 
-    for there, here in ((("a",), ("b",)), (("a",), ()), ((), ("a",)), (("a", "b"), ("a",))):
+    for there, here in (
+        (("layer1",), ("layer2",)),
+        (("layer1",), ()),
+        ((), ("layer1",)),
+        (("layer1", "layer2"), ("layer1",)),
+    ):
         _, source = made(*there)
         model, target = made(*here)
         before = bits(target.state_dict())
@@ -625,12 +632,12 @@ def test_other_parts_frozen_than_in_the_file_is_an_error() -> None:
         assert bits(target.state_dict()) == before
         unfreeze(model)
     # Sizes that match by chance: torch alone would not notice.
-    model, target = made("a")
+    model, target = made("layer1")
     unfreeze(model)
     other = TORCH.Adam(net().parameters(), lr=0.1)
     target.load_state_dict(other.state_dict())
-    freeze(model, "a", optimizer=target)
-    pair = TORCH.Adam([model.a.weight.new_ones(5, 5).requires_grad_() for _ in range(2)], lr=0.1)
+    freeze(model, "layer1", optimizer=target)
+    pair = TORCH.Adam([model.layer1.weight.new_ones(5, 5).requires_grad_() for _ in range(2)], lr=0.1)
     with pytest.raises(FreezekitError, match="load_state_dict: .*got 0 frozen when saved, 1 now"):
         target.load_state_dict(pair.state_dict())
 
@@ -658,18 +665,18 @@ def test_a_copy_of_the_optimizer_has_what_trains() -> None:
 
 def test_unfreeze_adds_a_group_for_what_the_optimizer_does_not_have() -> None:
     model = mlp()
-    model.a.bias.requires_grad_(False)
+    model.layer1.bias.requires_grad_(False)
     freeze_backbone(model)
     optimizer = TORCH.AdamW(
         [{"params": [], "lr": 9.0}, {"params": model.fc.parameters(), "lr": 0.1, "name": "head"}],
         lr=5.0, betas=(0.5, 0.6), weight_decay=0.3,
     )  # fmt: skip
-    unfreeze(model, iter(["b"]), optimizer=optimizer)
+    unfreeze(model, iter(["layer2"]), optimizer=optimizer)
     unfreeze(model, optimizer=[optimizer], lr=1e-3)
     groups = optimizer.param_groups
     assert members(optimizer)[2:] == [
-        [id(p) for p in model.b.parameters()],
-        [id(model.a.weight), id(model.bn.weight), id(model.bn.bias)],  # a.bias does not train
+        [id(p) for p in model.layer2.parameters()],
+        [id(model.layer1.weight), id(model.bn.weight), id(model.bn.bias)],  # a.bias does not train
     ]
     assert [group["lr"] for group in groups] == [9.0, 0.1, 0.1, 1e-3]
     assert [group["weight_decay"] for group in groups] == [0.3] * 4
@@ -677,16 +684,16 @@ def test_unfreeze_adds_a_group_for_what_the_optimizer_does_not_have() -> None:
     before = zoo.snapshot(model)
     train(model, optimizer)
     after = zoo.snapshot(model)
-    assert {n for n, _ in model.named_parameters() if after[n] == before[n]} == {"a.bias"}
+    assert {n for n, _ in model.named_parameters() if after[n] == before[n]} == {"layer1.bias"}
 
 
 def test_parked_parameters_go_home_and_not_into_a_new_group() -> None:
     model = mlp()
-    optimizer = TORCH.SGD([*model.a.parameters(), *model.fc.parameters()], lr=0.1, momentum=0.9)
-    freeze(model, ["a", "b", "bn"], optimizer=optimizer)
+    optimizer = TORCH.SGD([*model.layer1.parameters(), *model.fc.parameters()], lr=0.1, momentum=0.9)
+    freeze(model, ["layer1", "layer2", "bn"], optimizer=optimizer)
     with pytest.raises(FreezekitError, match="lr=: there will be no new group.*goes back to the group"):
-        unfreeze(model, "a", optimizer=optimizer, lr=1e-3)
-    assert is_frozen(model, "a")
+        unfreeze(model, "layer1", optimizer=optimizer, lr=1e-3)
+    assert is_frozen(model, "layer1")
     unfreeze(model, optimizer=optimizer, lr=1e-3)
     assert [len(group) for group in members(optimizer)] == [4, 4]
 
@@ -707,8 +714,8 @@ def test_what_cannot_go_into_an_optimizer_stays_frozen() -> None:
         ({"lr": 0.1}, "no new group whose learning rate this could be .* Remedy: give optimizer= too"),
     ):
         with pytest.raises(FreezekitError, match=text):
-            unfreeze(model, "b", **arguments)  # type: ignore[arg-type]
-    assert is_frozen(model, "b")
+            unfreeze(model, "layer2", **arguments)  # type: ignore[arg-type]
+    assert is_frozen(model, "layer2")
     assert len(plain.param_groups) == 1
 
 
@@ -731,31 +738,31 @@ def test_every_optimizer_of_torch_takes_a_new_group(name: str) -> None:
     if "Adagrad" in name and torch.__version__ < "2.7":
         pytest.skip("Adagrad of old makes its state when it is made, and fails on groups added later")
     model = net(sparse=name == "SparseAdam")
-    freeze(model, ["a", "b"])
+    freeze(model, ["layer1", "layer2"])
     optimizer = OPTIMIZERS[name](trainable_parameters(model))
     train(model, optimizer)
-    unfreeze(model, "b", optimizer=optimizer, lr=0.05)
+    unfreeze(model, "layer2", optimizer=optimizer, lr=0.05)
     before = zoo.snapshot(model)
     train(model, optimizer)
     after = zoo.snapshot(model)
-    assert {n for n in after if after[n] == before[n]} == {"a.weight"}
+    assert {n for n in after if after[n] == before[n]} == {"layer1.weight"}
 
 
 def test_names_and_tensor_rates_go_along() -> None:
     model = net()
-    freeze(model, ["a", "b"])
+    freeze(model, ["layer1", "layer2"])
     optimizer = TORCH.Adam([("fc.weight", model.fc.weight)], lr=torch.tensor(0.1), foreach=False)
-    unfreeze(model, "a", optimizer=optimizer)
-    unfreeze(model, "b", optimizer=optimizer, lr=0.5)
+    unfreeze(model, "layer1", optimizer=optimizer)
+    unfreeze(model, "layer2", optimizer=optimizer, lr=0.5)
     groups = optimizer.param_groups
-    assert [group["param_names"] for group in groups] == [["fc.weight"], ["a.weight"], ["b.weight"]]
+    assert [group["param_names"] for group in groups] == [["fc.weight"], ["layer1.weight"], ["layer2.weight"]]
     assert torch.equal(torch.stack([group["lr"] for group in groups]), torch.tensor([0.1, 0.1, 0.5]))
     assert len({id(group["lr"]) for group in groups}) == 3
 
 
 # -- everything together -----------------------------------------------------------------------------------
 
-PARTS = ["a", "bn", "bn.weight", "b", "tied", "fc", "a.bias", "*.weight", "[ab]*"]
+PARTS = ["layer1", "bn", "bn.weight", "layer2", "tied", "fc", "layer1.bias", "*.weight", "[ab]*"]
 ACTIONS = st.one_of(
     st.tuples(st.just("freeze"), st.sampled_from(PARTS), st.sampled_from([(), (0,), (1,), (0, 1)])),
     st.tuples(st.just("undo"), st.integers(0, 5), st.just(())),
@@ -768,8 +775,8 @@ ACTIONS = st.one_of(
 def test_freezes_in_any_order_end_where_they_began(actions: list[Any], last: list[int]) -> None:
     model = mlp()
     model.add_module("tied", nn.Linear(6, 6))
-    model.tied.weight = model.b.weight
-    model.a.bias.requires_grad_(False)
+    model.tied.weight = model.layer2.weight
+    model.layer1.bias.requires_grad_(False)
     parameters = list(model.parameters())
     optimizers = [
         TORCH.Adam([{"params": parameters[:3]}, {"params": parameters[3:], "lr": 0.1}], lr=0.2),

@@ -26,13 +26,13 @@ from freezekit import (
     unfreeze,
 )
 
-STAGES = {2: "c", 4: ["b", "b_bn"], 6: "*"}
+STAGES = {2: "layer3", 4: ["layer2", "layer2_bn"], 6: "*"}
 
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     layers: OrderedDict[str, nn.Module] = OrderedDict()
-    for name in "abc":
+    for name in ("layer1", "layer2", "layer3"):
         layers[name] = nn.Linear(4, 4)
         layers[f"{name}_bn"] = nn.BatchNorm1d(4)
     layers["fc"] = nn.Linear(4, 2)
@@ -72,10 +72,17 @@ def test_what_is_due_begins_to_train() -> None:
     model, optimizer, schedule = groups_made_ahead()
     assert names_in(model, optimizer) == [["fc.weight", "fc.bias"], [], [], []]
     done = {epoch: schedule.step(epoch) for epoch in range(7)}
-    rest = ["a.weight", "a.bias", "a_bn.weight", "a_bn.bias", "c_bn.weight", "c_bn.bias"]
+    rest = [
+        "layer1.weight",
+        "layer1.bias",
+        "layer1_bn.weight",
+        "layer1_bn.bias",
+        "layer3_bn.weight",
+        "layer3_bn.bias",
+    ]
     assert {epoch: names for epoch, names in done.items() if names} == {
-        2: ["c.weight", "c.bias"],
-        4: ["b.weight", "b.bias", "b_bn.weight", "b_bn.bias"],
+        2: ["layer3.weight", "layer3.bias"],
+        4: ["layer2.weight", "layer2.bias", "layer2_bn.weight", "layer2_bn.bias"],
         6: rest,
     }
     assert names_in(model, optimizer) == [["fc.weight", "fc.bias"], done[2], done[4], rest]
@@ -88,7 +95,10 @@ def test_what_is_due_begins_to_train() -> None:
 
 def test_parameters_that_have_a_home_go_there() -> None:
     model, optimizer, schedule = groups_of_depth()
-    homes = [["a.weight", "a.bias", "a_bn.weight", "a_bn.bias"], ["b.weight", "b.bias"]]
+    homes = [
+        ["layer1.weight", "layer1.bias", "layer1_bn.weight", "layer1_bn.bias"],
+        ["layer2.weight", "layer2.bias"],
+    ]
     assert names_in(model, optimizer) == [[], [], [], ["fc.weight", "fc.bias"]]
     schedule.step(6)
     now = names_in(model, optimizer)
@@ -108,30 +118,33 @@ def test_any_epoch_will_do(setup: Setup) -> None:
     assert len(other.step(5)) == 6
     assert other.step(5) == []
     assert names_in(jumped_model, jumped) == names_in(model, optimizer)
-    freeze(model, "c", optimizer=optimizer)
+    freeze(model, "layer3", optimizer=optimizer)
     schedule.step(5)
-    assert is_frozen(model, "c")  # a stage is over once it was due
-    assert not is_frozen(jumped_model, "c")
+    assert is_frozen(model, "layer3")  # a stage is over once it was due
+    assert not is_frozen(jumped_model, "layer3")
 
 
 def test_a_stage_that_someone_has_unfrozen_before_is_no_error() -> None:
     model, optimizer, schedule = groups_made_ahead()
-    unfreeze(model, "c.weight")
-    assert schedule.step(2) == ["c.bias"]
+    unfreeze(model, "layer3.weight")
+    assert schedule.step(2) == ["layer3.bias"]
     unfreeze(model)
     assert schedule.step(9) == []
-    assert names_in(model, optimizer)[1:] == [["c.bias"], [], []]
+    assert names_in(model, optimizer)[1:] == [["layer3.bias"], [], []]
 
 
 @pytest.mark.parametrize(
     ("stages", "text"),
     [
-        ({2: "c", 5: "b.wieght"}, "epoch 5: no frozen layer or parameter matches .*did you mean 'b.weight'"),
-        ({3: ["c", "fc"]}, "epoch 3: no frozen layer or parameter matches .got 'fc'"),
-        ({1: "*", 4: "b"}, "epoch 4: nothing is left to unfreeze .got 'b'"),
-        ({-1: "c"}, "stages: not an epoch .got -1"),
-        ({"2": "c"}, "stages: not an epoch .got '2'"),
-        ({True: "c"}, "stages: not an epoch .got True"),
+        (
+            {2: "layer3", 5: "layer2.wieght"},
+            "epoch 5: no frozen layer or parameter matches .*did you mean 'layer2.weight'",
+        ),
+        ({3: ["layer3", "fc"]}, "epoch 3: no frozen layer or parameter matches .got 'fc'"),
+        ({1: "*", 4: "layer2"}, "epoch 4: nothing is left to unfreeze .got 'layer2'"),
+        ({-1: "layer3"}, "stages: not an epoch .got -1"),
+        ({"2": "layer3"}, "stages: not an epoch .got '2'"),
+        ({True: "layer3"}, "stages: not an epoch .got True"),
     ],
 )
 def test_a_stage_that_cannot_be_is_found_out_at_once(stages: Any, text: str) -> None:
@@ -163,7 +176,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     with pytest.raises(FreezekitError, match="not a model"):
         UnfreezeSchedule(optimizer, optimizer, STAGES)
     with pytest.raises(SelectionError, match="epoch 1: nothing in the model is frozen"):
-        UnfreezeSchedule(net(), optimizer, {1: "a"})
+        UnfreezeSchedule(net(), optimizer, {1: "layer1"})
     for epoch in (-1, 1.0, True):
         with pytest.raises(FreezekitError, match="epoch: not an epoch"):
             schedule.step(epoch)  # type: ignore[arg-type]
@@ -262,7 +275,7 @@ def test_a_state_of_other_stages_is_refused() -> None:
     model = net()
     freeze_backbone(model)
     optimizer = torch.optim.SGD(trainable_parameters(model), lr=0.1)
-    other = UnfreezeSchedule(model, optimizer, {2: "c", 4: "b"})
+    other = UnfreezeSchedule(model, optimizer, {2: "layer3", 4: "layer2"})
     with pytest.raises(FreezekitError, match=r"other stages .got epochs \[2, 4, 6\], here \[2, 4\]"):
         other.load_state_dict(schedule.state_dict())
     fresh = groups_made_ahead()[2]
@@ -295,16 +308,16 @@ def test_names_of_parameters_go_into_the_groups() -> None:
     freeze_backbone(model)
     optimizer = torch.optim.SGD(model.fc.named_parameters(), lr=0.1)
     UnfreezeSchedule(model, optimizer, STAGES).step(6)
-    assert [group["param_names"] for group in optimizer.param_groups][1] == ["c.weight", "c.bias"]
+    assert [group["param_names"] for group in optimizer.param_groups][1] == ["layer3.weight", "layer3.bias"]
     assert [len(group["param_names"]) for group in optimizer.param_groups] == [2, 2, 4, 6]
 
 
 def test_what_has_lost_its_home_gets_a_group() -> None:
     model, optimizer, schedule = groups_of_depth()
-    unfreeze(model, "c")
-    gone = {id(p) for p in model.c.parameters()}
+    unfreeze(model, "layer3")
+    gone = {id(p) for p in model.layer3.parameters()}
     for group in optimizer.param_groups:
         group["params"][:] = [p for p in group["params"] if id(p) not in gone]
-    freeze(model, "c")
-    assert schedule.step(2) == ["c.weight", "c.bias"]
-    assert names_in(model, optimizer)[-1] == ["c.weight", "c.bias"]
+    freeze(model, "layer3")
+    assert schedule.step(2) == ["layer3.weight", "layer3.bias"]
+    assert names_in(model, optimizer)[-1] == ["layer3.weight", "layer3.bias"]

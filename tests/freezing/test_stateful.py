@@ -74,7 +74,7 @@ def test_hold_norm_holds_whatever_keeps_state(make: Callable[[], nn.Module]) -> 
     live = zoo.snapshot(model)
     model.train()(x)
     assert zoo.snapshot(model) != live  # live, it moves
-    freeze_backbone(model, hold="norm")
+    freeze_backbone(model, head="fc", hold="norm")
     bits = zoo.snapshot(model)
     model.train()
     model(x)
@@ -85,7 +85,7 @@ def test_hold_norm_holds_whatever_keeps_state(make: Callable[[], nn.Module]) -> 
 def test_bn_train_leaves_batchnorm_as_it_is_and_freezes_the_rest() -> None:
     model, x = net(), torch.randn(8, 3, 6, 6)
     bits = zoo.snapshot(model)
-    handle = freeze_backbone(model, bn="train")
+    handle = freeze_backbone(model, head="fc", bn="train")
     assert type(model.bn) is nn.BatchNorm2d
     assert handle.frozen == ["conv.weight", "conv.bias"]
     assert handle.trainable == ["bn.weight", "bn.bias", "fc.weight", "fc.bias"]
@@ -207,7 +207,7 @@ class Centred(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Linear(3, 3)
+        self.layer1 = nn.Linear(3, 3)
         self.fc = nn.Linear(3, 2)
         self.register_buffer("centre", torch.randn(3))
         self.register_buffer("replaced", torch.randn(3), persistent=False)
@@ -217,7 +217,7 @@ class Centred(nn.Module):
         self.fails = False
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        x = (self.body(x) - self.centre - self.replaced + self.data) * self.mask * scale
+        x = (self.layer1(x) - self.centre - self.replaced + self.data) * self.mask * scale
         if self.training:
             with torch.no_grad():
                 self.centre.mul_(0.9)
@@ -331,12 +331,12 @@ def test_buffers_above_what_is_unfrozen_stay_in_place() -> None:
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.BatchNorm1d(3)
-        self.b = self.a
+        self.bn1 = nn.BatchNorm1d(3)
+        self.bn2 = self.bn1
         self.fc = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Any:
-        return self.fc(self.b(self.a(x)))
+        return self.fc(self.bn2(self.bn1(x)))
 
 
 def test_a_layer_used_twice_is_held_once_and_for_both() -> None:
@@ -345,8 +345,8 @@ def test_a_layer_used_twice_is_held_once_and_for_both() -> None:
     bits = zoo.snapshot(model)
     model.train()(x)
     assert zoo.snapshot(model) == bits
-    assert model.a is model.b
+    assert model.bn1 is model.bn2
     handle.undo()
-    assert type(model.a) is nn.BatchNorm1d
+    assert type(model.bn1) is nn.BatchNorm1d
     model(x)
     assert zoo.snapshot(model) != bits
