@@ -154,11 +154,6 @@ def _freeze(
     held = {
         key: m for key, m in whole.items() if key not in live and (choices.hold == "all" or _has_state(m))
     }
-    refuse_impossible(modules, held)
-    if selection is not None:
-        refuse_shared(modules, tensors, chosen)
-    norms = {name: m for name, m in model.named_modules() if id(m) in held and id(m) in batchnorms}
-    plan = make_plan(model, norms, choices.convert)
     train = batchnorms if choices.bn != "freeze" else set()
     tied = {
         id(t)
@@ -167,6 +162,11 @@ def _freeze(
         and not (id(owner) in live or (id(owner) in train and own in owner._parameters))
     }
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
+    refuse_impossible(modules, {*held, *(id(owner) for owner, _ in frozen)}, held)
+    if selection is not None:
+        refuse_shared(modules, tensors, chosen)
+    norms = {name: m for name, m in model.named_modules() if id(m) in held and id(m) in batchnorms}
+    plan = make_plan(model, norms, choices.convert)
     if not frozen and not held:
         raise SelectionError(
             "nothing is left to freeze",

@@ -38,6 +38,7 @@ __all__ = [
     "release_module",
     "release_tensor",
     "stop_gradient",
+    "tensors_held",
 ]
 
 _KEY = "_freezekit_record"
@@ -98,6 +99,12 @@ def holders_of(module: nn.Module, tensor: str | None = None) -> frozenset[str]:
     if record is None:
         return frozenset()
     return record.holders if tensor is None else record.tensor_holders.get(tensor, frozenset())
+
+
+def tensors_held(module: nn.Module) -> list[str]:
+    """Return the names under which tensors of the module's own were frozen, also those gone since."""
+    record: _Record | None = module.__dict__.get(_KEY)
+    return [] if record is None else list(record.tensor_holders)
 
 
 def hold_module(module: nn.Module, holder: str) -> None:

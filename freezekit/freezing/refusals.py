@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,13 +13,19 @@ from freezekit.errors import FreezekitError, SelectionError
 __all__ = ["refuse_impossible", "refuse_lone_buffers", "refuse_shared", "refuse_unknown"]
 
 
-def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module]) -> None:
-    """Refuse layers that would move or depend on the batch even when held in eval mode."""
+def refuse_impossible(modules: dict[str, nn.Module], frozen: set[int], held: Container[int]) -> None:
+    """Refuse layers that would move or depend on the batch even when held in eval mode.
+
+    Args:
+        modules: all of the model, by name.
+        frozen: ids of the modules that are to be held, or have a tensor that is to be frozen.
+        held: ids of those to be held.
+    """
     for name, module in modules.items():
-        if id(module) not in held:
+        if id(module) not in frozen:
             continue
         kind = type(module).__name__
-        if isinstance(module, _BatchNorm) and module.running_mean is None:
+        if id(module) in held and isinstance(module, _BatchNorm) and module.running_mean is None:
             raise FreezekitError(
                 "a BN layer without running statistics normalises by the batch even in eval mode, so it "
                 "cannot be frozen",
@@ -46,7 +54,7 @@ def refuse_impossible(modules: dict[str, nn.Module], held: dict[int, nn.Module])
                 got=f"max_norm={module.max_norm}",
                 remedy="renormalise the weight once and set max_norm to None, or leave the layer out",
             )
-        if module.training and not _only_sets_mode(module):
+        if id(module) in held and module.training and not _only_sets_mode(module):
             raise FreezekitError(
                 "this class has a train() of its own, which may do more than set the mode",
                 where=name,

@@ -143,7 +143,7 @@ def release_all(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool)
         if holders is None or holding.holders_of(module) == holders:
             holding.check_release(module, name)
     for module in modules.values():
-        for own in (*module._parameters, *module._buffers):
+        for own in holding.tensors_held(module):
             leaving = holding.holders_of(module, own) if holders is None else holders
             holding.release_tensor(module, own, leaving)
         leaving = holding.holders_of(module) if holders is None else holders

@@ -94,7 +94,7 @@ class _HeldFakeQuantize(Held):
 
 
 class _Pinned:
-    """Keeps buffers in place around a part that trains: whatever the forward does to them is taken back."""
+    """Keeps buffers in place around a part that trains: the forward has copies to write to."""
 
 
 _MIXINS = (Held, _HeldObserver, _HeldFakeQuantize, _Pinned)
@@ -116,7 +116,6 @@ class _MadeMeta(type):
         return [cls, *first, *(_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest)]
 
 
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
 _made: dict[tuple[_Maker, type[nn.Module]], type[nn.Module]] = {}
 
 
@@ -170,27 +169,21 @@ def pinned_class(base: type[nn.Module]) -> type[nn.Module]:
     """
     if (pinned_class, base) in _made:
         return _made[pinned_class, base]
-    live = base.forward
 
-    @functools.wraps(live)
+    @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch._C._get_tracing_state() is not None or _is_exporting():
-            return live(self, *args, **kwargs)
-        buffers = {name: self._buffers[name] for name in self.__dict__.get(PINNED, ())}
-        kept = {name: buffer.clone() for name, buffer in buffers.items() if buffer is not None}
+        kept = {name: self._buffers[name] for name in self.__dict__.get(PINNED, ()) if name in self._buffers}
         try:
-            return live(self, *args, **kwargs)
+            # The forward has copies to write to: what it saves for backward must not be put back under it.
+            for name, buffer in kept.items():
+                self._buffers[name] = None if buffer is None else buffer.clone()
+            # Looked up anew: forward may be a static method, or be replaced in the class later.
+            return super(made, self).forward(*args, **kwargs)
         finally:
-            for name, values in kept.items():
-                buffer = buffers[name]
-                assert buffer is not None
-                if self._buffers[name] is not buffer:
-                    self._buffers[name] = buffer
-                with torch.no_grad():
-                    # Through .data, which autograd does not count as a write: most often nothing has moved.
-                    (buffer if torch.compiler.is_compiling() else buffer.data).copy_(values)
+            self._buffers.update(kept)
 
-    return _make(pinned_class, base, base.__name__, _Pinned, forward=forward)
+    made = _make(pinned_class, base, base.__name__, _Pinned, forward=forward)
+    return made
 
 
 def _new(make: _Maker, base: type[nn.Module]) -> nn.Module:

@@ -82,6 +82,30 @@ def test_hold_norm_holds_whatever_keeps_state(make: Callable[[], nn.Module]) -> 
     assert model.drop.training
 
 
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Embedding(5, 3, max_norm=0.1), "an embedding with max_norm rewrites its weight"),
+        (lambda: nn.LazyLinear(3), "a lazily initialised layer has no values to freeze yet"),
+        (lambda: torch.jit.script(nn.Linear(3, 3)), "a scripted module has its mode compiled in"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_what_moves_in_eval_mode_is_refused_where_it_would_not_be_held(
+    make: Callable[[], nn.Module], why: str
+) -> None:
+    model = nn.ModuleDict({"a": make(), "fc": nn.Linear(3, 2)})
+    with pytest.raises(FreezekitError, match=f"a: {why}"):
+        freeze(model, "a", hold="norm")
+    if not isinstance(model["a"], torch.jit.ScriptModule):
+        model["a"].register_parameter("extra", nn.Parameter(torch.randn(2)))
+    with pytest.raises(FreezekitError, match=f"a: {why}"):
+        freeze(model, "a.weight")
+    freeze(model, "fc").undo()
+    assert type(model["fc"]) is nn.Linear
+    assert model["fc"].weight.requires_grad
+
+
 def test_bn_train_leaves_batchnorm_as_it_is_and_freezes_the_rest() -> None:
     model, x = net(), torch.randn(8, 3, 6, 6)
     bits = zoo.snapshot(model)
@@ -323,6 +347,68 @@ def test_buffers_above_what_is_unfrozen_stay_in_place() -> None:
     assert {n for n, b in zoo.snapshot(model).items() if b != bits[n]} == {"inner.centre"}
     unfreeze(model)
     assert type(model["inner"]) is Centred
+
+
+class Tempered(nn.Module):
+    """Multiplies by a buffer that its forward has just written, so that backward needs what was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.register_buffer("rows", torch.randn(3).expand(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(2)
+        return self.fc(x + self.rows) * self.scale
+
+
+def test_backward_sees_what_a_pinned_forward_wrote() -> None:
+    model, x = zoo.scramble(Tempered()), torch.randn(4, 3)
+    live = copy.deepcopy(model)
+    live(x).sum().backward()
+    freeze_backbone(model)
+    bits = zoo.snapshot(model)
+    model(x).sum().backward()
+    assert torch.equal(model.fc.bias.grad, live.fc.bias.grad)
+    assert zoo.snapshot(model) == bits
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_tracing_exporting_and_mapping_a_pinned_model_moves_nothing() -> None:
+    model, x = zoo.scramble(Tempered()), torch.randn(4, 3)
+    freeze_backbone(model)
+    model.train()
+    bits, out = zoo.snapshot(model), model(x)
+    traced = torch.jit.trace(model, (x,), check_trace=False)
+    exported = torch.export.export(model, (x,), strict=False).module()
+    for _ in range(2):
+        assert torch.equal(traced(x), out)
+        torch.testing.assert_close(exported(x), out)
+    torch.testing.assert_close(torch.vmap(model)(x[None])[0], out)
+    assert zoo.snapshot(model) == bits
+    assert zoo.snapshot(traced)["scale"] == bits["scale"]
+
+
+class Static(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+        self.register_buffer("mask", torch.randn(3))
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x * 2
+
+
+def test_a_pinned_forward_is_whatever_the_class_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Static(), torch.randn(4, 3)
+    freeze_backbone(model)
+    assert torch.equal(model(x), x * 2)
+    monkeypatch.setattr(Static, "forward", lambda self, x: self.fc(x))
+    assert torch.equal(model(x), model.fc(x))
+    del model.mask
+    assert torch.equal(model(x), model.fc(x))
 
 
 # -- classes of several kinds ---------------------------------------------------------------------------
