@@ -126,8 +126,8 @@ def hold_module(module: nn.Module, holder: str) -> None:
 
 def _swap_from(origin: type[nn.Module], module: nn.Module, record: _Record) -> None:
     try:
-        module.__class__ = _swapped_class(module, origin, record)
-    except TypeError as error:
+        _give_class(module, _swapped_class(module, origin, record))
+    except Exception as error:  # a metaclass may raise anything
         raise FreezekitError(
             "the class of this module cannot be swapped in place",
             where=origin.__qualname__,
@@ -135,6 +135,11 @@ def _swap_from(origin: type[nn.Module], module: nn.Module, record: _Record) -> N
             remedy="leave the module out of what is frozen",
         ) from error
     record.origin = origin
+
+
+def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    # Not by a __setattr__ of the module's own, which may hand everything on to a module inside.
+    object.__setattr__(module, "__class__", cls)
 
 
 def pin_buffers(module: nn.Module) -> None:
@@ -188,7 +193,8 @@ def _swap(module: nn.Module) -> None:
     forget(module)
     record = _record(module)
     if record.origin is not None:
-        cls = module.__class__ = _swapped_class(module, record.origin, record)
+        cls = _swapped_class(module, record.origin, record)
+        _give_class(module, cls)
         if cls is record.origin:
             record.origin = None
     _forget_if_empty(module, record)

@@ -67,9 +67,9 @@ class _Made:
         reduced = super().__reduce_ex__(protocol)
         if not isinstance(reduced, tuple):
             return reduced
-        if reduced[1][:1] == (cls,):
-            return (_new, (cls._freezekit_make, cls._freezekit_base), *reduced[2:])
-        return (_make_again, (cls._freezekit_make, *reduced[:2]), *reduced[2:])  # the class has its own way
+        # Its class's own way, or copyreg's, with the base wherever the class made here would be named.
+        remake, *args = (cls._freezekit_base if part is cls else part for part in (reduced[0], *reduced[1]))
+        return (_make_again, (cls._freezekit_make, remake, tuple(args)), *reduced[2:])
 
 
 class _BatchNormTwin(_NormBase):
@@ -178,17 +178,12 @@ def pinned_class(base: type[nn.Module]) -> type[nn.Module]:
             for name, buffer in kept.items():
                 self._buffers[name] = None if buffer is None else buffer.clone()
             # Looked up anew: forward may be a static method, or be replaced in the class later.
-            return super(made, self).forward(*args, **kwargs)
+            return super(made, self).forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             self._buffers.update(kept)
 
     made = _make(pinned_class, base, base.__name__, _Pinned, forward=forward)
     return made
-
-
-def _new(make: _Maker, base: type[nn.Module]) -> nn.Module:
-    cls = make(base)
-    return cls.__new__(cls)
 
 
 def _make_again(
@@ -197,5 +192,6 @@ def _make_again(
     args: tuple[Any, ...],
 ) -> nn.Module:
     module = remake(*args)
-    module.__class__ = make(type(module))
+    # Not by a __setattr__ of the module's own, which may hand everything on to a module inside.
+    object.__setattr__(module, "__class__", make(type(module)))
     return module

@@ -10,7 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -377,8 +377,49 @@ def _remake(features: int) -> OwnReduce:
     return OwnReduce(features, features)
 
 
+class ReducesToItsClass(nn.Linear):
+    def __reduce__(self) -> tuple[object, ...]:
+        return self.__class__, (self.in_features, self.out_features), self.__dict__
+
+
+class NewWithArguments(nn.Linear):
+    def __new__(cls, size: int, *rest: int) -> NewWithArguments:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[int]:
+        return (self.in_features,)
+
+
+class Wrapper(nn.Module):
+    """Hands on whatever is assigned, as torch.compile's wrapper does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["ready"] = False
+        self.inner = zoo.scramble(nn.Linear(3, 3))
+        self.__dict__["ready"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("ready") and name != "training":
+            setattr(self.inner, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
 @pytest.mark.parametrize(
-    "make", [Abstract, lambda: AbstractNorm(3), lambda: Registered(3, 3), lambda: OwnReduce(3, 3)]
+    "make",
+    [
+        Abstract,
+        lambda: AbstractNorm(3),
+        lambda: Registered(3, 3),
+        lambda: OwnReduce(3, 3),
+        lambda: ReducesToItsClass(3, 3),
+        lambda: NewWithArguments(3, 3),
+        Wrapper,
+    ],
 )
 def test_classes_of_every_kind_can_be_swapped(make: Callable[[], nn.Module]) -> None:
     model = nn.ModuleDict({"layer": zoo.scramble(make()), "fc": nn.Linear(2, 2)})
@@ -392,6 +433,30 @@ def test_classes_of_every_kind_can_be_swapped(make: Callable[[], nn.Module]) -> 
         assert is_frozen(copied, "layer")
     handle.undo()
     assert type(model["layer"]) is kind
+
+
+class Once(type):
+    """A metaclass that keeps a registry and wants every class but once."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def __new__(cls, name: str, bases: tuple[type, ...], body: dict[str, object]) -> Once:
+        if body["__module__"] in cls.seen:
+            raise KeyError("registered twice")
+        cls.seen.add(str(body["__module__"]))
+        return super().__new__(cls, name, bases, body)
+
+
+class OnlyOnce(nn.Linear, metaclass=Once):
+    pass
+
+
+def test_a_class_that_cannot_be_made_again_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), OnlyOnce(3, 3))
+    with pytest.raises(FreezekitError, match="OnlyOnce: the class .* cannot be swapped .*registered twice"):
+        freeze(model, "*")
+    assert type(model[0]) is nn.Linear
+    assert all(p.requires_grad for p in model.parameters())
 
 
 class OwnTrain(nn.Module):
