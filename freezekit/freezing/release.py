@@ -126,7 +126,10 @@ def _release(model: nn.Module, patterns: str | Iterable[str]) -> None:
         owner, own, _ = tensors[name]
         holding.release_tensor(owner, own, holding.holders_of(owner, own))
     owners = {id(tensors[name][0]) for name in released}
+    named = {id(modules[name]) for name in chosen if name in modules}
     for module in {id(modules[path]): modules[path] for path in above}.values():
+        if holding.is_batchnorm(module) and id(module) not in owners | named:
+            continue  # only something inside trains, such as dropout: in train mode it would use the batch
         if holding.is_held(module):
             holding.release_module(module, holding.holders_of(module), adopt_mode=True)
             # The buffers beside a parameter that trains move with it; those further up stay where they are.

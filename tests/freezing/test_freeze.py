@@ -180,6 +180,32 @@ class Activated(nn.BatchNorm2d):
         return torch.relu(super().forward(input)) + 1
 
 
+class Dropping(nn.BatchNorm1d):
+    """As timm's BatchNormAct2d: dropout inside a BN layer."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(super().forward(x))
+
+
+def test_unfreezing_what_is_inside_a_bn_does_not_unfreeze_the_bn() -> None:
+    model, x = zoo.scramble(nn.Sequential(Dropping(3), nn.Linear(3, 2))), torch.randn(6, 3)
+    handle = freeze(model, "0")
+    unfreeze(model, "*drop")
+    model.train()
+    assert model[0].drop.training
+    assert is_frozen(model, "0")
+    model[0].drop.p = 0.0
+    assert torch.equal(model[0](x)[:2], model[0](x[:2]))
+    unfreeze(model, "0.bias")
+    assert not is_frozen(model, "0")
+    handle.undo()
+    assert type(model[0]) is Dropping
+
+
 def test_a_bn_subclass_keeps_its_own_forward() -> None:
     model = zoo.scramble(nn.Sequential(OrderedDict(bn=Activated(3), fc=nn.Conv2d(3, 2, 1))))
     x = torch.randn(4, 3, 5, 5)
