@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Container
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from freezekit.errors import FreezekitError, SelectionError
@@ -40,6 +43,14 @@ def refuse_impossible(modules: dict[str, nn.Module], frozen: set[int], held: Con
                 got=kind,
                 remedy="freeze the module that was scripted, and use it as it is or through torch.jit.trace",
             )
+        node = _node_in_train_mode(module) if id(module) in held else None
+        if node is not None:
+            raise FreezekitError(
+                "a traced graph has train mode written into it and cannot be held in eval mode",
+                where=name,
+                got=node,
+                remedy="trace or export the model in eval mode, or freeze it first and trace it then",
+            )
         if _is_uninitialised(module):
             raise FreezekitError(
                 "a lazily initialised layer has no values to freeze yet",
@@ -61,6 +72,29 @@ def refuse_impossible(modules: dict[str, nn.Module], frozen: set[int], held: Con
                 got=f"{kind} in train mode",
                 remedy="call model.eval() first, so that it is frozen as eval mode leaves it",
             )
+
+
+def _node_in_train_mode(module: nn.Module) -> str | None:
+    """Find a call in a graph that drops out or normalises by the batch, whatever mode the module is in."""
+    if not isinstance(module, GraphModule):
+        return None
+    # torchvision's feature extractors change over to a second graph in train mode.
+    graphs = (module.graph, getattr(module, "train_graph", module.graph))
+    for node in (node for graph in graphs for node in graph.nodes if node.op == "call_function"):
+        target: Any = node.target
+        schema = getattr(target, "_schema", None)
+        try:
+            names = (
+                [a.name for a in schema.arguments] if schema else list(inspect.signature(target).parameters)
+            )
+        except (TypeError, ValueError):  # a builtin
+            names = []
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | node.kwargs
+        # Attention is given a probability instead of a mode.
+        live = given.get("training", given.get("train", "dropout_p" in given))
+        if live is True and given.get("p", given.get("dropout_p")) != 0:
+            return f"{node.name} = {node.target}"
+    return None
 
 
 def _is_uninitialised(module: nn.Module) -> bool:

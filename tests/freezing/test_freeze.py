@@ -16,6 +16,8 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import freezekit
 import freezekit.freezing.holding
@@ -344,6 +346,41 @@ def test_a_traced_graph_is_frozen_by_its_layers() -> None:
         assert zoo.snapshot(copied) == before
     handle.undo()
     assert not is_frozen(model, "net")
+
+
+class Functional(nn.Module):
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+        self.fc = nn.Linear(3, 3)
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.bn(self.fc(x)), self.p, self.training)
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=self.p if self.training else 0.0)
+
+
+def test_a_graph_traced_in_train_mode_is_refused() -> None:
+    x = torch.randn(4, 3)
+    live = nn.ModuleDict({"body": torch.fx.symbolic_trace(Functional(0.5).train())})
+    with pytest.raises(FreezekitError, match="body: a traced graph has train mode .*got dropout = .*eval"):
+        freeze(live.eval(), "body")
+    assert not torch.equal(live["body"](x), live["body"](x))  # which is why
+    extractor = create_feature_extractor(Functional(0.5), {"scaled_dot_product_attention": "out"}).eval()
+    with pytest.raises(FreezekitError, match="a traced graph has train mode written into it"):
+        freeze(nn.Sequential(extractor), "0")
+    exported = torch.export.export(nn.Sequential(nn.BatchNorm1d(3)).train(), (x,)).module()
+    with pytest.raises(FreezekitError, match=r"got .*batch_norm"):
+        freeze(nn.Sequential(exported), "0")
+
+
+@pytest.mark.parametrize(("p", "mode"), [(0.5, False), (0.0, True)])
+def test_a_graph_that_acts_the_same_in_both_modes_is_frozen(p: float, mode: bool) -> None:
+    model = nn.Sequential(torch.fx.symbolic_trace(zoo.scramble(Functional(p).train(mode))))
+    x = torch.randn(4, 3)
+    expected = model.eval()(x)
+    freeze(model, "*")
+    assert torch.equal(model.train()(x), expected)
 
 
 def test_a_frozen_model_loads_in_a_process_that_knows_nothing_of_it(tmp_path: Path) -> None:
