@@ -30,6 +30,7 @@ __all__ = [
     "holders_of",
     "is_batchnorm",
     "is_held",
+    "is_pinned",
     "kernel_of",
     "live_class",
     "make_affine",
@@ -91,6 +92,11 @@ def _swapped_class(module: nn.Module, origin: type[nn.Module], record: _Record) 
 def is_held(module: nn.Module) -> bool:
     """Tell whether the module is held in eval mode."""
     return isinstance(module, Held) or bool(holders_of(module))
+
+
+def is_pinned(module: nn.Module) -> bool:
+    """Tell whether buffers of the module's own are kept in place around a part that trains."""
+    return PINNED in module.__dict__
 
 
 def holders_of(module: nn.Module, tensor: str | None = None) -> frozenset[str]:

@@ -143,7 +143,7 @@ def release_all(model: nn.Module, holders: set[str] | None, *, adopt_mode: bool)
     """Let go of everything that ``holders`` hold, or that anyone does (``None``)."""
     modules = dict(model.named_modules())
     for name, module in modules.items():
-        if holders is None or holding.holders_of(module) == holders:
+        if holders is None or holding.holders_of(module) == holders or holding.is_pinned(module):
             holding.check_release(module, name)
     for module in modules.values():
         for own in holding.tensors_held(module):

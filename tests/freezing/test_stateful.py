@@ -411,6 +411,18 @@ def test_a_pinned_forward_is_whatever_the_class_has(monkeypatch: pytest.MonkeyPa
     assert torch.equal(model(x), model.fc(x))
 
 
+def test_undo_refuses_to_break_a_pinned_module_that_was_changed_meanwhile() -> None:
+    model, x = zoo.scramble(Tempered()), torch.randn(4, 3)
+    model.register_parameter("extra", nn.Parameter(torch.randn(3)))
+    handle = freeze_backbone(model, head=["fc", "extra"])
+    nn.utils.parametrize.register_parametrization(model, "extra", nn.Tanh())
+    out = model(x)
+    with pytest.raises(FreezekitError, match="class of this layer was changed while it was frozen"):
+        handle.undo()
+    assert torch.equal(model(x), out)
+    assert isinstance(model.extra, Tensor)
+
+
 # -- classes of several kinds ---------------------------------------------------------------------------
 
 
