@@ -36,7 +36,9 @@ def select(
     >>> select("layer*.bn1", names, where="frozen=")
     ['layer1.0.bn1.weight', 'layer10.0.bn1.weight']
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]  # what is no string is refused below, with what it is
+    patterns = list(patterns)
     if not patterns:
         raise SelectionError(f"no {kind} is given", where=where, remedy=f"give at least one {kind} or glob")
     ordered = sorted(names)

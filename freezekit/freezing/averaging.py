@@ -106,7 +106,10 @@ def _buffers_kept(modules: list[nn.Module], live: list[_BatchNorm]) -> Iterator[
         (module, name, buffer, buffer.clone())
         for module in modules
         for name, buffer in module._buffers.items()
-        if buffer is not None and not is_lazy(buffer) and buffer.layout is torch.strided
+        if buffer is not None
+        and not is_lazy(buffer)
+        and not buffer.is_meta
+        and buffer.layout is torch.strided
     ]
     moved: set[nn.Module] = set()
     try:
@@ -117,8 +120,10 @@ def _buffers_kept(modules: list[nn.Module], live: list[_BatchNorm]) -> Iterator[
             if module in moved:
                 continue
             module._buffers[name] = buffer  # some layers put a new tensor in place of the old
-            if not torch.equal(buffer, value):
-                buffer.resize_(value.shape).copy_(value)  # observers resize theirs at the first batch
+            if buffer.shape != value.shape:  # observers resize theirs at the first batch
+                buffer.resize_(value.shape)
+            if not bool(((buffer == value) | ((buffer != buffer) & (value != value))).all()):
+                buffer.copy_(value)
 
 
 @contextmanager

@@ -164,15 +164,15 @@ def _freeze(
     frozen = [(owner, own) for _, owner, own, t in tensors if id(t) in tied]
     refuse_impossible(modules, {*held, *(id(owner) for owner, _ in frozen)}, held)
     if selection is not None:
-        refuse_shared(modules, tensors, chosen)
+        refuse_shared(modules, tensors, chosen, held)
     norms = {name: m for name, m in model.named_modules() if id(m) in held and id(m) in batchnorms}
     plan = make_plan(model, norms, choices.convert)
     if not frozen and not held:
         raise SelectionError(
             "nothing is left to freeze",
-            where="bn=",
-            got=repr(choices.bn),
-            remedy="name more than BN layers, or choose another bn=",
+            where="bn=, hold=",
+            got=f"{choices.bn!r}, {choices.hold!r}",
+            remedy='name more layers, or freeze these with bn="freeze", hold="all"',
         )
     handle = Freeze(
         model,

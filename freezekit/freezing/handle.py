@@ -196,7 +196,8 @@ def is_frozen(model: nn.Module, name: str) -> bool:
     require_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if name in modules:
-        return holding.is_held(modules[name])
+        inside = [holding.holders_of(owner, own) for _, owner, own, _ in tensors_of(modules[name])]
+        return holding.is_held(modules[name]) or (bool(inside) and all(inside))
     for full, owner, own, _ in tensors_of(model):
         if full == name:
             return bool(holding.holders_of(owner, own))
@@ -215,6 +216,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> [tuple(p.shape) for p in trainable_parameters(model)]
     [(2, 4), (2,)]
     """
+    require_module(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

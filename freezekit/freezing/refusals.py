@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Container
+import re
+from collections.abc import Collection, Container
 from typing import Any
 
 import torch
@@ -113,16 +114,25 @@ def _only_sets_mode(module: nn.Module) -> bool:
     return train is nn.Module.train
 
 
+_DRAWS = re.compile("Drop|StochasticDepth|RReLU")
+"""Classes, of torch and of libraries, that draw random numbers in train mode and have no tensors."""
+
+
 def refuse_shared(
-    modules: dict[str, nn.Module], tensors: list[tuple[str, nn.Module, str, Tensor]], chosen: set[str]
+    modules: dict[str, nn.Module],
+    tensors: list[tuple[str, nn.Module, str, Tensor]],
+    chosen: set[str],
+    held: Collection[int],
 ) -> None:
     """Refuse what is on both sides of the cut, where freezing one side would silently freeze the other."""
     sides: list[tuple[str, object]] = [(name, t) for name, _, _, t in tensors]
-    sides += [(name, m) for name, m in modules.items() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    sides += [(name, m) for name, m in modules.items() if id(m) in held and _DRAWS.search(type(m).__name__)]
     frozen = {id(thing): name for name, thing in sides if name in chosen}
     for name, thing in sides:
         if name not in chosen and id(thing) in frozen:
-            kind = "parameter" if isinstance(thing, Tensor) else "dropout layer"
+            kind = "dropout layer"
+            if isinstance(thing, Tensor):
+                kind = "parameter" if isinstance(thing, nn.Parameter) else "buffer"
             raise SelectionError(
                 f"backbone and head share a {kind}: it cannot be frozen in one and train in the other",
                 where="model",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def unfreeze(
     """
     require_module(model)
     optimizer = optim.check_optimizer(optimizer)
-    patterns = patterns if isinstance(patterns, str) else list(patterns)
+    patterns = list(patterns) if isinstance(patterns, Iterator) else patterns  # read twice below
     new = _newcomers(model, patterns, optimizer, lr)
     group = new_group(optimizer, lr) if new else None
     _release(model, patterns)

