@@ -118,7 +118,7 @@ def audit(
 @main.command()
 @click.argument("model", metavar="MODEL")
 def plan(model: str) -> None:
-    r"""Show what freeze_backbone would freeze of a model.
+    """Show what freeze_backbone would freeze of a model.
 
     MODEL is torchvision:NAME, timm:NAME, or package.module:factory, a class or function that makes the
     model when called without arguments. It is built without memory, and no weights are loaded.
@@ -128,7 +128,7 @@ def plan(model: str) -> None:
       freezekit plan torchvision:resnet50
       freezekit plan timm:vit_base_patch16_224
       freezekit plan mypackage.models:make_model
-    """
+    """  # noqa: D301  # as above
     from freezekit.freezing.plan import plan as made
 
     _emit(made(model))

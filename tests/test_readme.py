@@ -51,7 +51,7 @@ def test_console(tmp_path: Path) -> None:
         )  # fmt: skip
         assert gist(done.stdout) == gist(expected), command
         ran += 1
-    assert ran == 4
+    assert ran == 5
 
 
 def test_every_code_is_explained() -> None:

@@ -39,8 +39,9 @@ def freeze_backbone(
     keys and values.
 
     Args:
-        model: the model; found out by itself for every ``torchvision.models`` classification model.
-        head: what is to train, if that cannot be told: names (``"classifier.6"``), globs or modules.
+        model: the model; :func:`find_backbone` says which part of it is meant.
+        head: what is to train, if that cannot be told or is to be something else: names
+            (``"classifier.6"``), globs or modules.
         backbone: what is to freeze, likewise; by default everything but the head.
         bn: what becomes of the BN layers. ``"freeze"``; ``"freeze_stats"``: gamma and beta keep training, if
             they do; ``"train"``: they stay as they are, statistics and all.
