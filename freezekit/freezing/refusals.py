@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
 from typing import Any
 
 import torch
@@ -125,10 +125,14 @@ def refuse_shared(
     held: Collection[int],
 ) -> None:
     """Refuse what is on both sides of the cut, where freezing one side would silently freeze the other."""
-    sides: list[tuple[str, object]] = [(name, t) for name, _, _, t in tensors]
-    sides += [(name, m) for name, m in modules.items() if id(m) in held and _DRAWS.search(type(m).__name__)]
-    frozen = {id(thing): name for name, thing in sides if name in chosen}
-    for name, thing in sides:
+    draws = {kind for kind in map(type, modules.values()) if _DRAWS.search(kind.__name__)}
+
+    def sides() -> Iterator[tuple[str, Tensor | nn.Module]]:
+        yield from ((name, tensor) for name, _, _, tensor in tensors)
+        yield from ((name, m) for name, m in modules.items() if type(m) in draws and id(m) in held)
+
+    frozen = {id(thing): name for name, thing in sides() if name in chosen}
+    for name, thing in sides():
         if name not in chosen and id(thing) in frozen:
             kind = "dropout layer"
             if isinstance(thing, Tensor):
