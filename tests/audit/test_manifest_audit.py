@@ -170,7 +170,7 @@ def test_the_statistics_are_judged_all_the_same(tmp_path: Path) -> None:
     # never calibrated, and then frozen so: nothing moved, and it is no good
     model = small()
     model.bn.reset_running_stats()
-    manifest = freezekit.freeze_backbone(model, head="fc").manifest()
+    manifest = freezekit.freeze_backbone(model).manifest()
     report = audit_checkpoint(save(model.state_dict(), tmp_path / "b.pth"), manifest=manifest)
     assert [f.code for f in report.findings] == ["FK403"]
     assert str(report).startswith(
@@ -250,7 +250,7 @@ def test_each_kind_of_change(tmp_path: Path, name: str, form: str, code: str, wh
 def test_a_buffer_of_another_kind(tmp_path: Path) -> None:
     model = small()
     model.conv.register_buffer("codes", torch.tensor([3, 1, 4]))
-    manifest = freezekit.freeze_backbone(model, head="fc").manifest()
+    manifest = freezekit.freeze_backbone(model).manifest()
     model.conv.codes[1] = 5
     report = audit_checkpoint(save(model.state_dict(), tmp_path / "a.pth"), manifest=manifest)
     assert [(f.code, f.name, f.message) for f in report.findings] == [
@@ -261,7 +261,7 @@ def test_a_buffer_of_another_kind(tmp_path: Path) -> None:
 def test_passing_buffers_are_not_expected(tmp_path: Path) -> None:
     model = small()
     model.conv.register_buffer("cache", torch.rand(3), persistent=False)
-    manifest = freezekit.freeze_backbone(model, head="fc").manifest()
+    manifest = freezekit.freeze_backbone(model).manifest()
     assert "conv.cache" in manifest.frozen
     report = audit_checkpoint(save(model.state_dict(), tmp_path / "a.pth"), manifest=manifest)
     assert report.clean
@@ -315,7 +315,7 @@ def test_tied_tensors_are_in_a_safetensors_file_once(tmp_path: Path, kept: str) 
 def test_without_a_digest_only_dtype_and_shape_are_compared(tmp_path: Path) -> None:
     model = small()
     model.conv.register_buffer("sparse", torch.eye(3).to_sparse())
-    manifest = freezekit.freeze_backbone(model, head="fc").manifest()
+    manifest = freezekit.freeze_backbone(model).manifest()
     state = model.state_dict()
     report = audit_checkpoint(save(state, tmp_path / "a.pth"), manifest=manifest)
     assert report.clean
@@ -586,7 +586,7 @@ def test_real_weights(tmp_path: Path) -> None:
     assert path is not None
     model = torchvision.models.mobilenet_v2()
     model.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    manifest = freezekit.freeze_backbone(model, head="fc").manifest()
+    manifest = freezekit.freeze_backbone(model).manifest()
     report = audit_checkpoint(path, manifest=manifest)  # the very file, of another format and age
     assert report.clean
     assert report.compared == 312

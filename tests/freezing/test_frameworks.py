@@ -27,6 +27,7 @@ TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 
 
 def on_meta(name: str, classes: int) -> nn.Module:
+    pytest.importorskip("transformers")
     return census_frameworks.quietly(functools.partial(census_frameworks.transformer, name), classes)
 
 
