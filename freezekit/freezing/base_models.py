@@ -14,11 +14,10 @@ from freezekit.freezing.recognition import (
     children_of,
     derives,
     find_inside,
-    has_parameters,
     is_below,
     weighty,
 )
-from freezekit.freezing.selection import Selection, everything_but, tensors_of
+from freezekit.freezing.selection import Selection, everything_but, has_parameters, tensors_of
 
 __all__ = ["has_task", "release_poolers", "transformers_model"]
 

@@ -23,12 +23,11 @@ from freezekit.freezing.recognition import (
     few_of,
     find_inside,
     found_by_others,
-    has_parameters,
     is_below,
     parameters_of,
     weighty,
 )
-from freezekit.freezing.selection import Selection, everything_but
+from freezekit.freezing.selection import Selection, everything_but, has_parameters
 
 __all__ = ["RULES", "adapted_model", "lightning_module", "segmentation_model"]
 

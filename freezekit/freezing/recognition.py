@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from freezekit.errors import SelectionError
-from freezekit.freezing.selection import Selection, prefixed
+from freezekit.freezing.selection import Selection, has_parameters, prefixed
 
 __all__ = [
     "SKIPPED",
@@ -20,7 +20,6 @@ __all__ = [
     "few_of",
     "find_inside",
     "found_by_others",
-    "has_parameters",
     "is_below",
     "parameters_of",
     "weighty",
@@ -36,11 +35,6 @@ def derives(module: nn.Module | None, name: str, *packages: str) -> bool:
         kind.__name__ == name and kind.__module__.partition(".")[0] in packages
         for kind in type(module).__mro__
     )
-
-
-def has_parameters(module: nn.Module | None) -> bool:
-    """Tell whether there is a module, with a parameter in it."""
-    return module is not None and any(True for _ in module.parameters())
 
 
 def weighty(model: nn.Module) -> list[str]:

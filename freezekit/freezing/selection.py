@@ -62,9 +62,9 @@ def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
                 yield (f"{path}.{own_name}" if path else own_name), owner, own_name, tensor
 
 
-def has_parameters(module: nn.Module) -> bool:
-    """Tell whether anything in the module could train."""
-    return any(True for _ in module.parameters())
+def has_parameters(module: nn.Module | None) -> bool:
+    """Tell whether there is a module, with anything in it that could train."""
+    return module is not None and any(True for _ in module.parameters())
 
 
 def require_module(model: object) -> None:
