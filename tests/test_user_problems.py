@@ -262,6 +262,33 @@ def test_05_what_is_frozen_travels_with_the_model(tmp_path: Path) -> None:
     assert moved_after_loading(kit, lambda model: freezekit.unfreeze(model, "conv")) == {"fc", "conv"}
 
 
+def test_05_resume_freezes_what_was_frozen_when_the_checkpoint_was_saved() -> None:
+    """A script that runs anew: it builds, loads, and freezes; the optimizer goes on where it was."""
+
+    def moved_after_resume(restore: Callable[[nn.Module, torch.optim.Optimizer, str], object]) -> set[str]:
+        model = small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        handle = freezekit.freeze_backbone(model, optimizer=optimizer)
+        freezekit.unfreeze(model, "conv")
+        zoo.train(model, optimizer, images())
+        resumed = small()
+        resumed.load_state_dict(model.state_dict())
+        again = torch.optim.SGD(resumed.parameters(), lr=0.1, momentum=0.9)
+        restore(resumed, again, handle.manifest().to_json())
+        if len(again.param_groups[0]["params"]) == len(optimizer.param_groups[0]["params"]):
+            again.load_state_dict(optimizer.state_dict())
+        before = zoo.snapshot(resumed)
+        zoo.train(resumed, again, images())
+        after = zoo.snapshot(resumed)
+        return {name.partition(".")[0] for name in after if after[name] != before[name]}
+
+    assert moved_after_resume(lambda model, *_: no_gradients(model)) == {"bn", "fc"}
+    assert moved_after_resume(lambda model, *_: kit(model)) == {"fc"}  # all is frozen anew
+    assert moved_after_resume(
+        lambda model, optimizer, text: freezekit.Manifest.from_json(text).restore(model, optimizer=optimizer)
+    ) == {"conv", "fc"}
+
+
 # -- 6, 8 and 9: subclasses and optimizers -------------------------------------------------------------
 
 
