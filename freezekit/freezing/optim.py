@@ -52,7 +52,7 @@ class _Park:
     """For each group with something parked: its members and the parked ones, in the order they had."""
     history: tuple[list[Tensor], Any] | None = None
     """What LBFGS knew about all of its members together, and which these were."""
-    incoming: list[Any] = field(default_factory=list)
+    incoming: list[Any] | None = None
 
 
 _parks: weakref.WeakKeyDictionary[Any, _Park] = weakref.WeakKeyDictionary()
@@ -276,7 +276,12 @@ def _save(optimizer: Any, state_dict: dict[str, Any]) -> None:
 def _check_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:
     root = root_of(optimizer)
     lot = _parks[root]
-    saved = state_dict.get(KEY, [])
+    saved = state_dict.get(KEY)
+    if saved is None and _sizes(state_dict.get("param_groups", [])) == _sizes(root.param_groups):
+        # saved by an optimizer of what trains, or by torch.distributed.checkpoint, which leaves out our key
+        lot.incoming = None
+        return
+    saved = saved or []
     theirs = [(entry["group"], entry["place"], list(entry["shape"])) for entry in saved]
     ours = [(group, place, list(e.parameter.shape)) for group, place, e in _places(root, lot)]
     if theirs != ours:
@@ -290,10 +295,16 @@ def _check_saved(optimizer: Any, state_dict: dict[str, Any]) -> None:
     lot.incoming = saved
 
 
+def _sizes(groups: Iterable[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
+
+
 def _load(optimizer: Any) -> None:
     root = root_of(optimizer)
     lot = _parks[root]
-    saved, lot.incoming, lot.history = lot.incoming, [], None
+    saved, lot.incoming, lot.history = lot.incoming, None, None
+    if saved is None:  # what is parked keeps the state it has
+        return
     for (group, _, entry), new in zip(_places(root, lot), saved, strict=True):
         entry.states = [(layer, state) for layer, state in entry.states if layer() is not root]
         if new["state"] is not None:

@@ -18,6 +18,7 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import lr_scheduler
 
 from freezekit import (
@@ -631,15 +632,32 @@ def test_other_parts_frozen_than_in_the_file_is_an_error() -> None:
         assert isinstance(caught.value, FreezekitError) == bool(here)
         assert bits(target.state_dict()) == before
         unfreeze(model)
-    # Sizes that match by chance: torch alone would not notice.
-    model, target = made("layer1")
-    unfreeze(model)
-    other = TORCH.Adam(net().parameters(), lr=0.1)
-    target.load_state_dict(other.state_dict())
-    freeze(model, "layer1", optimizer=target)
-    pair = TORCH.Adam([model.layer1.weight.new_ones(5, 5).requires_grad_() for _ in range(2)], lr=0.1)
-    with pytest.raises(FreezekitError, match="load_state_dict: .*got 0 frozen when saved, 1 now"):
-        target.load_state_dict(pair.state_dict())
+
+
+@pytest.mark.parametrize("how", ["trainable", "distributed checkpoint"])
+def test_a_state_of_what_trains_is_loaded_where_the_rest_is_frozen(how: str) -> None:
+    """Neither an optimizer of what trains nor torch.distributed.checkpoint saves what is parked."""
+    model = net()
+    optimizer = TORCH.Adam(model.parameters(), lr=0.1)
+    train(model, optimizer)
+    handle = freeze(model, ["layer1", "layer2"], optimizer=optimizer)
+    parked = bits([optimizer.state_dict()["freezekit_parked"]])
+    twin = copy.deepcopy(model)
+    if how == "trainable":
+        source = TORCH.Adam(trainable_parameters(twin), lr=0.3)
+        train(twin, source)
+        optimizer.load_state_dict(saved(source))
+    else:
+        source = TORCH.Adam(twin.parameters(), lr=0.3)
+        freeze(twin, ["layer1", "layer2"], optimizer=source)
+        train(twin, source)
+        set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(twin, source))
+    new, old = optimizer.state[model.fc.weight], source.state[twin.fc.weight]
+    assert torch.equal(new["exp_avg"], old["exp_avg"])
+    assert optimizer.param_groups[0]["lr"] == 0.3
+    assert bits([optimizer.state_dict()["freezekit_parked"]]) == parked
+    handle.undo()
+    train(model, optimizer)
 
 
 def test_a_copy_of_the_optimizer_has_what_trains() -> None:
