@@ -73,6 +73,7 @@ class Manifest:
         rule: how backbone and head were told apart, likewise.
         freezekit: version that made it.
         torch: version it was made with.
+        border: whether :func:`freezekit.freeze_to` made the freeze, which moves it when called again.
 
     >>> manifest = Manifest("Net", (FrozenTensor("w", "parameter", "float32", (2,), "0" * 64),), ("",))
     >>> print(manifest)
@@ -92,6 +93,7 @@ class Manifest:
     rule: str | None = None
     freezekit: str = ""
     torch: str = ""
+    border: bool = False
 
     @property
     def frozen(self) -> list[str]:
@@ -114,6 +116,7 @@ class Manifest:
             "head": self.head,
             "rule": self.rule,
             "layers": self.layers,
+            **({"border": True} if self.border else {}),
         }
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
         rows = ",\n".join(json.dumps(_without_defaults(tensor)) for tensor in self.tensors)
@@ -147,12 +150,15 @@ class Manifest:
             )
         if type(version) is not int or version != FORMAT:
             _refuse(f"its format is {FORMAT}", version)
-        _keys(content, set(cls.__dataclass_fields__), set(), "it")
+        _keys(content, set(cls.__dataclass_fields__) - {"border"}, {"border"}, "it")
         tensors = tuple(
             _tensor(item, f"tensor {n}") for n, item in enumerate(_list(content["tensors"], "tensors"))
         )
         if len({tensor.name for tensor in tensors}) != len(tensors):
             _refuse("no tensor is in it twice", None)
+        border = content.get("border", False)
+        if type(border) is not bool:
+            _refuse("its 'border' is true or false", border)
         choices = _object(content["choices"], "choices")
         _keys(choices, set(), set(_CHOICES), "choices")
         return cls(
@@ -163,6 +169,7 @@ class Manifest:
             names=_texts(content["names"], "names"),
             head=_texts(content["head"], "head"),
             rule=_optional_text(content["rule"], "rule"),
+            border=border,
             freezekit=_text(content["freezekit"], "freezekit"),
             torch=_text(content["torch"], "torch"),
         )

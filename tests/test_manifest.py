@@ -209,6 +209,7 @@ REFUSED = [
     (with_tensor(sha256=None), "or a reason why it has none"),
     (with_tensor(reason="because"), "or a reason why it has none"),
     (with_tensor(persistent=1), "'persistent' is true or false"),
+    (changed(border="yes"), "its 'border' is true or false"),
     (with_tensor(shape=[3.0]), "its numbers are whole"),
     (GOOD.to_json().replace("[3, 4]", "[NaN]"), "its numbers are whole"),
     (GOOD.to_json().replace("[3, 4]", "[-Infinity]"), "its numbers are whole"),

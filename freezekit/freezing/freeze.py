@@ -135,6 +135,7 @@ def _freeze(
     choices: Choices,
     optimizer: Any = None,
     kind: str = "",
+    stacklevel: int = 3,
 ) -> Freeze:
     refuse_unknown(*choices)
     optimizers = optim.check_optimizers(optimizer)
@@ -198,7 +199,7 @@ def _freeze(
             plan.carry_out(norms)
         for each in optimizers:
             optim.park(each, [t for *_, t in tensors if id(t) in tied])
-        warn_of_orphans(model, optimizers, stacklevel=3)
+        warn_of_orphans(model, optimizers, stacklevel=stacklevel)
     except BaseException:
         handle.undo()  # all or nothing
         raise

@@ -16,9 +16,9 @@ from freezekit.freezing.handle import Choices, Freeze
 from freezekit.freezing.release import release_all
 from freezekit.freezing.selection import Names, Selection, tensors_of
 
-__all__ = ["freeze_to", "layer_groups", "parameter_groups"]
+__all__ = ["BORDER", "freeze_to", "layer_groups", "parameter_groups"]
 
-_HOLDER = "freeze_to:"
+BORDER = "freeze_to:"
 """What the holders that :func:`freeze_to` makes begin with, so that it finds its own, in copies too."""
 
 
@@ -149,11 +149,11 @@ def freeze_to(
     cut = [tuple(name for group in part for name in group) for part in (groups[:count], groups[count:])]
     selection = Selection(cut[0], cut[1], f"the first {count} of {len(groups)} layer groups")
     choices = Choices(bn, convert, hold)
-    before = {h for h in _holders(model) if h.startswith(_HOLDER)}
+    before = {h for h in _holders(model) if h.startswith(BORDER)}
     if count:
-        handle = _freeze(model, cut[0], selection, choices, optimizer, _HOLDER)
+        handle = _freeze(model, cut[0], selection, choices, optimizer, BORDER)
     else:
-        handle = Freeze(model, _HOLDER, selection, (), choices, optimizers=optim.check_optimizers(optimizer))
+        handle = Freeze(model, BORDER, selection, (), choices, optimizers=optim.check_optimizers(optimizer))
     try:
         release_all(model, before, adopt_mode=True)
     except BaseException:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from freezekit import __version__
 from freezekit.errors import FreezekitError
 from freezekit.freezing import holding
-from freezekit.freezing.freeze import freeze
+from freezekit.freezing.freeze import _freeze
+from freezekit.freezing.groups import warn_of_orphans
 from freezekit.freezing.handle import Choices, Freeze
-from freezekit.freezing.selection import Selection, require_module, tensors_of
+from freezekit.freezing.layers import BORDER
+from freezekit.freezing.optim import check_optimizers
+from freezekit.freezing.selection import Selection, require_module, resolve, tensors_of
 from freezekit.manifest import FrozenTensor, Manifest, bare_name
 
 __all__ = ["make_manifest", "restore"]
@@ -53,6 +56,7 @@ def make_manifest(handle: Freeze) -> Manifest:
         names=handle.names,
         head=selection.head if selection else (),
         rule=selection.rule if selection else None,
+        border=handle._holder.startswith(BORDER),
         freezekit=__version__,
         torch=torch.__version__,
     )
@@ -66,14 +70,15 @@ def restore(manifest: Manifest, model: nn.Module, optimizer: Any, *, strict: boo
     if strict:
         place.compare_values()
     names = place.names()
-    choices = Choices(**manifest.choices)  # type: ignore[arg-type]  # freeze() refuses what it does not know
-    arguments: dict[str, Any] = choices._asdict()
-    if optimizer is not None:
-        arguments["optimizer"] = optimizer
+    choices = Choices(**manifest.choices)  # type: ignore[arg-type]  # _freeze() refuses what it does not know
+    kind = BORDER if manifest.border else ""
     if names:
-        handle = freeze(model, names, **arguments)
+        patterns = resolve(model, names, "names")
+        handle = _freeze(model, patterns, None, choices, optimizer, kind, stacklevel=4)
     else:  # all had been unfrozen
-        handle = Freeze(model, secrets.token_hex(8), None, (), choices)
+        optimizers = check_optimizers(optimizer)
+        handle = Freeze(model, kind + secrets.token_hex(8), None, (), choices, optimizers=optimizers)
+        warn_of_orphans(model, optimizers, stacklevel=3)
     try:
         place.complete(handle)
     except BaseException:

@@ -20,8 +20,10 @@ import freezekit
 from freezekit import (
     FreezekitError,
     Manifest,
+    OptimizerWarning,
     freeze,
     freeze_backbone,
+    freeze_to,
     is_frozen,
     trainable_parameters,
     unfreeze,
@@ -313,9 +315,42 @@ def test_nothing_was_frozen_any_more() -> None:
     unfreeze(model)
     manifest = handle.manifest()
     assert (manifest.tensors, manifest.layers) == ((), ())
-    restored = manifest.restore(again(mlp, model))
+    fresh = again(mlp, model)
+    with pytest.raises(FreezekitError, match=r"optimizer=: not an optimizer .got int"):
+        manifest.restore(fresh, 3)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD([*fresh.parameters()][:-2], lr=0.1)
+    with pytest.warns(OptimizerWarning, match=r"move them: fc.weight, fc.bias\. Remedy") as caught:
+        restored = manifest.restore(fresh, optimizer)
+    assert caught[0].filename == __file__
+    assert restored.orphans == ["fc.weight", "fc.bias"]
     assert restored.frozen == []
     assert restored.manifest() == manifest
+
+
+@pytest.mark.parametrize("border", [-1, 0])
+def test_the_border_moves_on_after_a_resume(border: int) -> None:
+    model = mlp()
+    handle = freeze_to(model, border)
+    manifest = Manifest.from_json(handle.manifest().to_json())
+    fresh = again(mlp, model)
+    optimizer = make_sgd(fresh)
+    assert manifest.restore(fresh, optimizer).manifest() == manifest
+    for n in (-1, -2):
+        moved, expected = freeze_to(fresh, n, optimizer=optimizer), freeze_to(model, n)
+        assert moved.trainable == expected.trainable
+        assert held(fresh) == held(model)
+        members = {id(p) for p in optimizer.param_groups[0]["params"]}
+        assert members == {id(p) for p in trainable_parameters(fresh)}
+    assert not freeze(mlp(), "fc").manifest().border
+
+
+def test_the_warning_points_at_the_call() -> None:
+    model = mlp()
+    manifest = freeze_backbone(model).manifest()
+    fresh = again(mlp, model)
+    with pytest.warns(OptimizerWarning, match="move them: fc.weight, fc.bias") as caught:
+        manifest.restore(fresh, torch.optim.SGD([*fresh.parameters()][:-2], lr=0.1))
+    assert caught[0].filename == __file__
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
