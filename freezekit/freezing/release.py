@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding, optim
 from freezekit.freezing.groups import check_number, extend, new_group, outsiders
-from freezekit.freezing.selection import require_module, tensors_of
+from freezekit.freezing.selection import names_of, require_module, tensors_of
 from freezekit.patterns import select
 
 __all__ = ["frozen_among", "parameters_of", "release_all", "unfreeze"]
@@ -97,7 +97,15 @@ def frozen_among(model: nn.Module, patterns: str | Iterable[str], where: str = "
         return [*held, *tensors]
     if not held and not tensors:
         raise SelectionError("nothing in the model is frozen", where=where, got=repr(patterns))
-    return select(patterns, [*held, *tensors], where=where, kind="frozen layer or parameter")
+    try:
+        return select(patterns, [*held, *tensors], where=where, kind="frozen layer or parameter")
+    except SelectionError as error:
+        try:
+            select(patterns, names_of(model), where=where)
+        except SelectionError:
+            raise error from None  # there is nothing of that name, frozen or not
+        remedy = "leave it out: it is in the model, but nothing of it is frozen"
+        raise SelectionError(error.what, where=where, got=error.got, remedy=remedy) from None
 
 
 def parameters_of(model: nn.Module, names: Iterable[str]) -> list[tuple[str, Tensor]]:

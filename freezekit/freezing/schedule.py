@@ -34,7 +34,8 @@ class UnfreezeSchedule:
     schedulers and checkpoints go on fitting. Nothing that is unfrozen is ever frozen again.
 
     To resume, make the model, freeze, make the optimizer, the schedule and the scheduler as before, load
-    the schedule's state (or call ``step`` with the epoch reached), and only then the optimizer's.
+    the schedule's state (or call ``step`` with the epoch reached), and only then the optimizer's. Freeze all
+    that was frozen at first: ``Manifest.restore`` leaves out what an earlier stage has unfrozen.
 
     With ``DistributedDataParallel`` unfreeze before wrapping: see :func:`unfreeze`.
 
@@ -162,8 +163,15 @@ class UnfreezeSchedule:
             state: what :meth:`state_dict` returned.
 
         Raises:
-            FreezekitError: the stages were others.
+            FreezekitError: the stages were others, or it is the state of something else.
         """
+        if not {"epoch", "stages"} <= state.keys():
+            raise FreezekitError(
+                "not the state of an UnfreezeSchedule",
+                where="load_state_dict",
+                got=f"a state with {', '.join(map(repr, list(state)[:3])) or 'nothing'} in it",
+                remedy="give what schedule.state_dict() returned, not that of an optimizer or its scheduler",
+            )
         ours = self.state_dict()["stages"]
         if [list(stage) for stage in state["stages"]] != ours:
             raise FreezekitError(

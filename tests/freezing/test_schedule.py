@@ -140,7 +140,10 @@ def test_a_stage_that_someone_has_unfrozen_before_is_no_error() -> None:
             {2: "layer3", 5: "layer2.wieght"},
             "epoch 5: no frozen layer or parameter matches .*did you mean 'layer2.weight'",
         ),
-        ({3: ["layer3", "fc"]}, "epoch 3: no frozen layer or parameter matches .got 'fc'"),
+        (
+            {3: ["layer3", "fc"]},
+            "epoch 3: no frozen layer or parameter matches .got 'fc'.. Remedy: leave it out",
+        ),
         ({1: "*", 4: "layer2"}, "epoch 4: nothing is left to unfreeze .got 'layer2'"),
         ({-1: "layer3"}, "stages: not an epoch .got -1"),
         ({"2": "layer3"}, "stages: not an epoch .got '2'"),
@@ -281,6 +284,8 @@ def test_a_state_of_other_stages_is_refused() -> None:
     fresh = groups_made_ahead()[2]
     fresh.load_state_dict(groups_made_ahead()[2].state_dict())
     assert fresh.epoch == -1
+    with pytest.raises(FreezekitError, match="not the state of an UnfreezeSchedule .got a state with 'st"):
+        fresh.load_state_dict(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("bn", ["freeze", "train"])
