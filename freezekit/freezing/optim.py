@@ -171,7 +171,19 @@ def _return(root: Any, lot: _Park, returning: Sequence[_Parked]) -> None:
                 live.state[entry.parameter] = state
     for k, complete in order.items():
         _arrange(root.param_groups[k], k, lot, complete)
+        _start_momentum(root, root.param_groups[k])
     _give_history(root, lot)
+
+
+def _start_momentum(root: Any, group: dict[str, Any]) -> None:
+    """Begin with a momentum of zero where torch's fused SGD fails on none beside those that have one."""
+    if not isinstance(root, torch.optim.SGD) or not (group.get("fused") and group["momentum"]):
+        return
+    without = [p for p in group["params"] if root.state.get(p, {}).get("momentum_buffer") is None]
+    # with dampening the first step is another one than from zero
+    if len(without) < len(group["params"]) and not group["dampening"]:
+        for parameter in without:
+            root.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _members(group: dict[str, Any]) -> list[_Member]:

@@ -386,6 +386,23 @@ def test_it_comes_back_when_the_last_freeze_ends(order: tuple[int, int], told: t
     assert bits(optimizer.state_dict()) == before
 
 
+def test_what_never_had_momentum_joins_those_that_have_it_in_fused_sgd() -> None:
+    """torch raises TypeError, and in groups of their own the same steps show what is right."""
+    after = []
+    for together in (True, False):
+        model = net()
+        parts = [*model.parameters()] if together else [{"params": [p]} for p in model.parameters()]
+        optimizer = TORCH.SGD(parts, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True)
+        freeze(model, ["layer1", "layer2"], optimizer=optimizer)
+        unfreeze(model, "layer1")  # before anything has momentum
+        assert model.layer1.weight not in optimizer.state
+        train(model, optimizer)
+        unfreeze(model, "layer2")
+        train(model, optimizer)
+        after.append(zoo.snapshot(model))
+    assert after[0] == after[1]
+
+
 def test_a_context_manager_and_unfreeze_give_back_too() -> None:
     model = mlp()
     optimizer = TORCH.Adam(model.parameters(), lr=0.1)
