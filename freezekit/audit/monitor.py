@@ -29,9 +29,10 @@ class DriftAuditor:
     """Compares the frozen part of a model, every parameter and buffer, bit for bit, as training goes on.
 
     It works on any model, whoever froze it and however: by default whatever does not require a gradient
-    counts as frozen, with the buffers beside it. The state to compare with is that at construction. As a
-    context manager, or between :meth:`attach` and :meth:`detach`, it checks by itself after every optimizer
-    step, so the loop needs no change.
+    counts as frozen, with the buffers beside it. What is frozen, and the state to compare with, is that at
+    construction: make a new auditor after unfreezing something. As a context manager, or between
+    :meth:`attach` and :meth:`detach`, it checks by itself after every optimizer step, so the loop needs no
+    change.
 
     Args:
         model: the model.
@@ -95,6 +96,7 @@ class DriftAuditor:
         """Optimizer steps seen while attached."""
         current = _tensors(model)
         self._frozen, self._scope, self._notes = _frozen_names(model, current, frozen)
+        self._inferred = frozen is None
         self._known = set(current)
         loose = {name.rpartition(".")[0] for name in self._known.difference(self._frozen)}
         self._layers = {name.rpartition(".")[0] for name in self._frozen} - loose
@@ -206,8 +208,24 @@ class DriftAuditor:
     def _completed(self, finding: Finding) -> Finding:
         """Add when it was first seen, and that the layer was in train mode then, which is how it moves."""
         train = finding.code in ("FK101", "FK102") and self._modes.get(finding.name, False)
-        message = finding.message + ("; in train mode" if train else "")
-        return replace(finding, message=message, step=self._first.get((finding.code, finding.name)))
+        fix, now = finding.fix, "; it requires a gradient by now"
+        # check() completes what a report had already
+        message = finding.message.removesuffix(now) + ("; in train mode" if train else "")
+        if self._trains_now(finding.name):
+            message += now
+            fix = "make a new DriftAuditor after unfreezing; if nothing was to be unfrozen, freeze it again"
+        return replace(finding, message=message, fix=fix, step=self._first.get((finding.code, finding.name)))
+
+    def _trains_now(self, name: str) -> bool:
+        """Tell whether a parameter, or one of a layer, was frozen but requires a gradient now."""
+        owner, _, own = name.rpartition(".") if name in self._roles else (name, "", "")
+        try:
+            parameters = self.model.get_submodule(owner)._parameters
+        except AttributeError:
+            return False  # the layer is gone
+        prefix = f"{owner}." if owner else ""
+        watched = [p for key, p in parameters.items() if prefix + key in self._roles and own in ("", key)]
+        return self._inferred and any(p is not None and p.requires_grad for p in watched)
 
 
 def _tensors(model: nn.Module) -> dict[str, tuple[Tensor, Role]]:

@@ -496,3 +496,24 @@ def test_a_bias_that_trains_beside_a_frozen_weight_is_not_added() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model[0].weight.requires_grad_(False)
     assert DriftAuditor(model).check() == []
+
+
+def test_what_was_unfrozen_meanwhile_is_said_to_be() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+    given = DriftAuditor(model, optimizer, frozen=["bn", "lin"], on_drift="record")
+    step(model, optimizer)
+    assert auditor.report().clean
+    freezekit.unfreeze(model, ["bn", "lin"])
+    step(model, optimizer)
+    report = auditor.report()
+    found = {(f.code, f.name) for f in report.findings if "; it requires a gradient by now" in f.message}
+    assert found == {
+        ("FK101", "bn"),
+        *(("FK103", f"{m}.{t}") for m in ("bn", "lin") for t in ("weight", "bias")),
+    }
+    assert all("make a new DriftAuditor" in f.fix for f in report.findings if (f.code, f.name) in found)
+    assert not any("by now" in f.message for f in given.report().findings)  # it was told what must not move
+    assert max(str(finding).count("by now") for finding in auditor.check()) == 1
+    with DriftAuditor(model, optimizer):
+        step(model, optimizer)
