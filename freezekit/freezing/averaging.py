@@ -148,8 +148,10 @@ class AveragedModel(swa_utils.AveragedModel):
     averaging. A parameter that merely has ``requires_grad=False`` is left alone for as long as it equals its
     average, and averaged if it has moved.
 
-    The copy of a frozen layer is frozen too. A layer that is unfrozen in the model is averaged from then on;
-    its copy takes part in ``update_bn`` again after ``freezekit.unfreeze(averaged.module, ...)``.
+    The copy of a frozen layer is frozen too, so make the average after freezing, also on resume: a copy made
+    before is averaged as it should be, but ``update_bn`` takes it for a layer that is not frozen. A layer that
+    is unfrozen in the model is averaged from then on; its copy takes part in ``update_bn`` again after
+    ``freezekit.unfreeze(averaged.module, ...)``.
 
     Args:
         model: the model to copy.
