@@ -149,8 +149,8 @@ class AveragedModel(swa_utils.AveragedModel):
     average, and averaged if it has moved.
 
     The copy of a frozen layer is frozen too, so make the average after freezing, also on resume: a copy made
-    before is averaged as it should be, but ``update_bn`` takes it for a layer that is not frozen. A layer that
-    is unfrozen in the model is averaged from then on; its copy takes part in ``update_bn`` again after
+    before is averaged as it should be, but ``update_bn`` takes its layers for live ones. A layer that is
+    unfrozen in the model is averaged from then on; its copy takes part in ``update_bn`` again after
     ``freezekit.unfreeze(averaged.module, ...)``.
 
     Args:
