@@ -178,7 +178,7 @@ def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
     tail = every[every.index(row[-1]) + 1 :]
     chosen = {*heads, *tail}
     rule = f"{_quoted(heads)} is named like a head and comes last"
-    return everything_but([n for n in every if n in chosen], model, rule)
+    return everything_but([*(n for n in every if n in chosen), *_own(model)], model, rule)
 
 
 def _may_be_new(name: str, layer: nn.Module, convolved: bool, on_blocks: bool, on_library: bool) -> bool:
@@ -201,8 +201,8 @@ def by_order(model: nn.Module) -> Selection | None:
     kinds = {type(layers[k][1]) for k in blocks}
     inner = None
     if not blocks:
-        others = [k for k in full if not _is_linear(layers[k][1])]
-        if not others:
+        others = [k for k in full[:-1] if not _is_linear(layers[k][1])]
+        if not others or not _is_all_linear(layers[full[-1]][1]):
             return None
         end = others[-1] + 1
         end += _is_norm(layers[end][1])
@@ -226,7 +226,8 @@ def by_order(model: nn.Module) -> Selection | None:
     else:
         return None
     heads = [name for name, _ in layers[end:]]
-    return everything_but([*(prefixed(inner, layers[full[0]][0]).head if inner else ()), *heads], model, rule)
+    inside = prefixed(inner, layers[full[0]][0]).head if inner else ()
+    return everything_but([*inside, *heads, *_own(model)], model, rule)
 
 
 LIBRARIES: tuple[Rule, ...] = (torchvision_model, timm_model, pyramid)
@@ -380,6 +381,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_norm(module)
+
+
+def _is_all_linear(module: nn.Module) -> bool:
+    return all(_is_linear(m) for m in module.modules() if any(p is not None for p in m._parameters.values()))
 
 
 def _ends_linearly(module: nn.Module) -> bool:

@@ -131,6 +131,7 @@ def library_layer() -> nn.Module:
         ([block, lambda: nn.Sequential(nn.Flatten(), fc())], 1),
         ([conv, Block, Block, nn.Flatten, fc], 3),
         ([conv, library_layer, library_layer, nn.Flatten, fc], 3),
+        ([conv, nn.ReLU, lambda: nn.Sequential(nn.Flatten(), fc(), nn.ReLU(), fc())], 1),
     ],
 )
 def test_sequential(layers: list[Any], start: int) -> None:
@@ -148,6 +149,8 @@ def test_sequential(layers: list[Any], start: int) -> None:
         [block, conv, fc],
         [block, block],
         [Block, lambda: zoo.make("resnet18"), fc],
+        [conv, lambda: zoo.make("resnet18")],  # the convolution may be new
+        [conv, lambda: nn.Sequential(conv(), nn.Flatten(), fc())],
         [fc],
     ],
 )
@@ -239,6 +242,18 @@ def test_own_parameters_that_may_be_new_are_head() -> None:
     handle = freeze_backbone(model)
     assert "prompt" in handle.trainable
     assert "prior" not in handle.frozen
+
+
+@pytest.mark.parametrize(
+    "model", [net(conv1=conv(), bn=nn.BatchNorm2d(3), fc=fc()), nn.Sequential(conv(), nn.Flatten(), fc())]
+)
+def test_own_parameters_of_a_home_made_model_that_may_be_new_are_head(model: nn.Module) -> None:
+    model.prototypes = nn.Parameter(torch.ones(10, 3))
+    model.pos_embed = nn.Parameter(torch.ones(3))
+    model.register_buffer("prior", torch.ones(10))
+    found = find_backbone(model)
+    assert found.head[-2:] == ("prototypes", "prior")
+    assert "pos_embed" in found.backbone
 
 
 def test_a_pool_with_parameters_is_head() -> None:
