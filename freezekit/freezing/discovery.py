@@ -8,6 +8,7 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import frameworks, rules
+from freezekit.freezing.additions import refuse_doubtful
 from freezekit.freezing.base_models import release_poolers
 from freezekit.freezing.selection import (
     Names,
@@ -58,9 +59,9 @@ def find_backbone(model: nn.Module) -> Selection:
     for rule in (_wrapper, *frameworks.RULES, *rules.LIBRARIES, _only_child, *rules.CONVENTIONS):
         found = rule(model)
         if found is not None:
-            if rule in frameworks.RULES:  # which know better
+            if rule in (frameworks.lightning_module, frameworks.adapted_model):  # which have asked again
                 return found
-            rules.refuse_doubtful(model, found)
+            refuse_doubtful(model, found)
             return release_poolers(model, found)
     raise rules.undecided(model, "no part is named like a head, or too many could be it")
 

@@ -12,6 +12,7 @@ from freezekit.errors import SelectionError
 from freezekit.freezing.selection import Selection, has_parameters, prefixed
 
 __all__ = [
+    "LIBRARY_MODELS",
     "SKIPPED",
     "answer_of",
     "as_inside",
@@ -20,6 +21,7 @@ __all__ = [
     "few_of",
     "find_inside",
     "found_by_others",
+    "home_of",
     "is_below",
     "parameters_of",
     "weighty",
@@ -27,6 +29,16 @@ __all__ = [
 
 SKIPPED: ContextVar[frozenset[tuple[str, int]]] = ContextVar("SKIPPED", default=frozenset())
 """The rules that have passed a model on to the others, with its id, so that they are not asked again."""
+
+
+LIBRARY_MODELS = ("timm.models.", "torchvision.models.")
+"""Where the classes come from of which libraries of image models make theirs."""
+
+
+def home_of(module: nn.Module, *packages: str) -> str | None:
+    """Return the module that the class, or one it derives from, comes from, if it is in the packages."""
+    homes = (kind.__module__ for kind in type(module).__mro__)
+    return next((home for home in homes if home.startswith(packages)), None)
 
 
 def derives(module: nn.Module | None, name: str, *packages: str) -> bool:

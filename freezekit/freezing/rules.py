@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from freezekit.errors import SelectionError
 from freezekit.freezing import frameworks
 from freezekit.freezing.base_models import has_task
-from freezekit.freezing.recognition import derives
+from freezekit.freezing.recognition import LIBRARY_MODELS, derives, home_of
 from freezekit.freezing.selection import (
     NoHeadError,
     Selection,
@@ -24,7 +24,6 @@ from freezekit.freezing.selection import (
     prefixed,
 )
 from freezekit.freezing.words import (
-    ADAPTER,
     AUXILIARY,
     CONSTANT,
     INPUT,
@@ -37,12 +36,11 @@ from freezekit.freezing.words import (
     words,
 )
 
-__all__ = ["CONVENTIONS", "LIBRARIES", "refuse_doubtful", "undecided", "wrapped"]
+__all__ = ["CONVENTIONS", "LIBRARIES", "undecided", "wrapped"]
 
 Rule = Callable[[nn.Module], Selection | None]
 
 _WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_LIBRARIES = ("timm.models.", "torchvision.models.")
 
 _TORCHVISION_HEADS = ("AuxLogits", "aux1", "aux2", "aux_classifier", "classifier", "fc", "head", "heads")
 _TIMM_POOLS = ("attn_pool", "fc_norm", "global_pool")
@@ -50,7 +48,7 @@ _TIMM_POOLS = ("attn_pool", "fc_norm", "global_pool")
 
 def torchvision_model(model: nn.Module) -> Selection | None:
     """Take the children that torchvision names as heads; all else its constructors made is the backbone."""
-    home = _home(model, "torchvision.models.")
+    home = home_of(model, "torchvision.models.")
     if home is None:
         return None
     if ".optical_flow." in home:
@@ -244,27 +242,6 @@ def wrapped(model: nn.Module) -> str | None:
     return names[0] if len(names) == 1 and names[0] in _WRAPPERS and not own else None
 
 
-def refuse_doubtful(model: nn.Module, selection: Selection) -> None:
-    """Refuse a backbone with nothing in it, or with what is put into networks to be trained."""
-    chosen = set(selection.backbone)
-    names = [
-        name
-        for name, _ in model.named_parameters()
-        if any(name.rsplit(".", k)[0] in chosen for k in range(name.count(".") + 1))
-    ]
-    if not names:
-        raise undecided(model, f"nothing beside the head {_quoted(selection.head)} could be frozen")
-    new = [name for name in names if ADAPTER.search(name)]
-    if new:
-        raise SelectionError(
-            "the backbone seems to have adapters in it, which are to train",
-            where="model",
-            got=", ".join(new[:3]),
-            remedy="name all that is to train, for example freezekit.freeze_backbone(model, "
-            f"head={[*selection.head, new[0]]!r})",
-        )
-
-
 def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> SelectionError:
     """Make the error for a model that cannot be told apart: the candidates, and the call to make."""
     rows = [
@@ -350,7 +327,7 @@ def _is_network(name: str, module: nn.Module) -> bool:
 
 def _is_library_model(module: nn.Module) -> bool:
     """Tell whether this is a whole model of a library, with or without its head; not a part of one."""
-    home = _home(module, "torchvision.models.") or ""
+    home = home_of(module, "torchvision.models.") or ""
     if home and not any(part in home for part in (".detection.", ".optical_flow.", ".segmentation.")):
         headed = any(name in _TORCHVISION_HEADS for name, _ in module.named_children())
         return headed and "Aux" not in type(module).__name__
@@ -359,16 +336,12 @@ def _is_library_model(module: nn.Module) -> bool:
     )
 
 
-def _home(module: nn.Module, *packages: str) -> str | None:
-    """Return the module that the class, or one it derives from, comes from, if it is in the packages."""
-    homes = (kind.__module__ for kind in type(module).__mro__)
-    return next((home for home in homes if home.startswith(packages)), None)
-
-
 def _of_library(module: nn.Module) -> bool:
     """Tell whether a library made this, or all the parts of this sequence."""
     parts = [*module.children()] if isinstance(module, nn.Sequential) else [module]
-    return bool(parts) and all(_home(part, *_LIBRARIES) is not None for part in parts if has_parameters(part))
+    return bool(parts) and all(
+        home_of(part, *LIBRARY_MODELS) is not None for part in parts if has_parameters(part)
+    )
 
 
 def _parametrised(model: nn.Module) -> dict[str, nn.Module]:

@@ -6,6 +6,7 @@ import re
 
 __all__ = [
     "ADAPTER",
+    "ADAPTER_CLASS",
     "AUXILIARY",
     "CONSTANT",
     "INPUT",
@@ -42,6 +43,7 @@ PIECE = INPUT | frozenset(
      "up"}
 )  # fmt: skip
 ADAPTER = re.compile(r"(?:^|[._])(?:adapters?|lora|prompts?)(?:[._\d]|$)", re.IGNORECASE)
+ADAPTER_CLASS = re.compile("adapter|lora|prompt", re.IGNORECASE)
 _WORD = re.compile("[A-Z]?[a-z]+|[A-Z]+(?![a-z])")
 TOKEN = re.compile(
     r"(cls|class|dist|distillation|mask|reg|register)_tokens?(_?\d+)?|(.*_)?pos(_.*|ition.*|\d*)"

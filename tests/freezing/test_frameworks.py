@@ -278,6 +278,24 @@ class TestTransformers:
             find_backbone(model)
         freeze_backbone(model, head=["wav2vec2.adapter", "dropout", "lm_head"])
 
+    def test_adapters_of_ones_own_are_refused(self) -> None:
+        class WithLoRA(nn.Module):
+            def __init__(self, linear: nn.Linear) -> None:
+                super().__init__()
+                self.linear, self.a = linear, nn.Linear(32, 2)
+
+        model = bert()
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.query = WithLoRA(layer.attention.self.query)
+            layer.output.adapter = nn.Sequential(nn.Linear(32, 2), nn.Linear(2, 32))
+        with pytest.raises(SelectionError, match="other new layers") as caught:
+            find_backbone(model)
+        eval(str(caught.value).partition("for example ")[2], {"freezekit": freezekit, "model": model})
+        trains = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert "bert.encoder.layer.1.attention.self.query.a.weight" in trains
+        assert "bert.encoder.layer.1.output.adapter.0.weight" in trains
+        assert "bert.encoder.layer.1.attention.self.key.weight" not in trains
+
     def test_layers_for_the_classes_inside_the_base_model(self) -> None:
         pytest.importorskip("transformers")
         model = on_meta("RTDetrForObjectDetection", 5)
@@ -453,6 +471,13 @@ class TestPeft:
         model = adapted(bert(), target_modules=["query"])
         with pytest.raises(SelectionError, match=r"PEFT freezes this head.*modules_to_save=\['classifier'\]"):
             freeze_backbone(model)
+
+    def test_a_new_head_of_timm_that_peft_freezes_is_refused(self) -> None:
+        timm = pytest.importorskip("timm")
+        peft = pytest.importorskip("peft")
+        settings = peft.LoraConfig(target_modules=["qkv"])
+        with pytest.raises(SelectionError, match=r"PEFT freezes this head.*modules_to_save=\['head'\]"):
+            find_backbone(peft.get_peft_model(timm.create_model("test_vit", num_classes=3), settings))
 
     def test_a_base_that_trains_is_refused(self) -> None:
         model = adapted(bert(), task_type="SEQ_CLS", bias="all")

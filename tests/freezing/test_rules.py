@@ -173,9 +173,49 @@ def test_adapters_inside_are_not_frozen() -> None:
     model = zoo.make("vit")
     model.encoder.layers.encoder_layer_0.mlp.lora_a = nn.Linear(32, 2)
     with pytest.raises(
-        SelectionError, match="adapters in it.*encoder.layers.encoder_layer_0.mlp.lora_a.weight"
+        SelectionError, match="adapters or other new layers.*encoder.layers.encoder_layer_0.mlp.lora_a"
     ):
         freeze_backbone(model)
+
+
+class WithLoRA(nn.Module):
+    """A linear layer with low-rank factors beside it, as tutorials write it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.a = nn.Parameter(torch.zeros(linear.in_features, 2))
+
+
+class LowRank(nn.Linear):
+    """One that is told by its name alone."""
+
+
+LowRank.__name__ = "LoRALinear"
+
+
+@pytest.mark.parametrize("make", [WithLoRA, lambda _: LowRank(8, 8)])
+def test_what_others_put_into_a_library_model_is_not_frozen(make: Any) -> None:
+    model = zoo.make("vit")
+    for layer in model.encoder.layers:
+        layer.mlp[0] = make(layer.mlp[0])
+    with pytest.raises(SelectionError, match=r"other new layers.*encoder_layer_0.mlp.0") as caught:
+        freeze_backbone(model)
+    handle = eval(str(caught.value).partition("for example ")[2])
+    for layer in model.encoder.layers:
+        assert all(p.requires_grad for p in layer.mlp[0].parameters())
+    assert "encoder.ln.weight" in handle.frozen
+
+
+def test_a_layer_of_ones_own_in_the_place_of_another_is_no_addition() -> None:
+    class Norm(nn.BatchNorm2d):
+        pass
+
+    model = zoo.make("resnet18")
+    model.bn1 = Norm(64)
+    assert find_backbone(model).head == ("fc",)
+    freeze_backbone(model)
+    assert find_backbone(model).head == ("fc",)
 
 
 def test_a_frozen_model_is_told_apart_alike() -> None:
