@@ -128,6 +128,11 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
     children, every = _parametrised(model), dict(model.named_children())
     order, names = list(children), list(every)
     before = [n for n in order[: order.index(networks[-1])] if n not in (*networks, *heads)]
+    pretrained = [n for n in networks if _holds_library(children[n])]
+    if len(networks) > 1 and any("student" in words(n) for n in networks):
+        raise undecided(model, "it has a student, which is to train, beside others")
+    if 0 < len(pretrained) < len(networks):
+        raise undecided(model, f"{_quoted([n for n in networks if n not in pretrained])} may be new")
     library = any(_is_library_model(children[n]) for n in networks)
     inputs = [] if library else [n for n in before if all_of(INPUT, n)]
     if before != inputs:
@@ -259,7 +264,8 @@ def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> Selectio
 
 def _call_to_make(model: nn.Module, heads: list[str]) -> str:
     children = _parametrised(model)
-    networks = [n for n, c in children.items() if _is_network(n, c)]
+    networks = [n for n, c in children.items() if _is_network(n, c) and "student" not in words(n)]
+    networks = [n for n in networks if _holds_library(children[n])] or networks
     nested = [n for n, _ in model.named_modules() if is_head(n.rpartition(".")[2]) and n not in heads]
     shallowest = min((n.count(".") for n in nested), default=0)
     likely = heads or [n for n in nested if n.count(".") == shallowest][:3] or list(children)[-1:]
@@ -289,8 +295,29 @@ def _inside(child: nn.Module) -> Selection | None:
         if found is not None:
             return found
     children = _parametrised(child)
-    heads = [n for n, part in children.items() if is_head(n) and not _is_norm(part)]
-    return everything_but(heads, child, "") if 0 < len(heads) < len(children) else None
+    models = [n for n, part in children.items() if _is_library_model(part)]
+    if models or (len(children) == 1 and not _own(child)):
+        backbone: list[str] = []
+        for n in models or children:
+            inner = _inside(children[n])
+            backbone += prefixed(inner, n).backbone if inner else [n]
+        selection = nothing_but(backbone, child, "")
+        return selection if any(n.partition(".")[0] in children for n in selection.head) else None
+    return everything_but(heads, child, "") if 0 < len(heads := _new_inside(child)) < len(children) else None
+
+
+def _new_inside(child: nn.Module) -> list[str]:
+    """Return what is named like a head, linear layers after it, and what ends a row of a library's layers."""
+    children = list(_parametrised(child).items())
+    named = [k for k, (n, part) in enumerate(children) if is_head(n) and not _is_norm(part)]
+    heads = [
+        n for k, (n, p) in enumerate(children) if k in named or (named and k > named[0] and _is_linear(p))
+    ]
+    if isinstance(child, nn.Sequential):
+        library = [k for k, (_, part) in enumerate(children) if _of_library(part)]
+        later = children[library[-1] + 1 :] if library else []
+        heads += [n for n, part in later if not _is_norm(part) or "BatchNorm1d" in type(part).__name__]
+    return heads
 
 
 def _with_parameters(model: nn.Module, names: Sequence[str], remedy: str) -> list[str]:
@@ -334,6 +361,10 @@ def _is_library_model(module: nn.Module) -> bool:
     return hasattr(module, "reset_classifier") or any(
         kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__
     )
+
+
+def _holds_library(module: nn.Module) -> bool:
+    return any(home_of(part, *LIBRARY_MODELS, "transformers.") is not None for part in module.modules())
 
 
 def _of_library(module: nn.Module) -> bool:

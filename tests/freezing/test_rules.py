@@ -70,6 +70,14 @@ CERTAIN: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"backbone": lambda: nn.DataParallel(zoo.make("resnet18")), "head": fc}, ("head", "backbone.module.fc")),
     ({"backbone": lambda: net(body=block(), fpn=block()), "rpn": block, "roi_heads": fc},
      ("rpn", "roi_heads", "backbone.fpn")),
+    # what people put on a library's model inside an encoder of their own
+    ({"encoder": lambda: net(net=zoo.make("resnet18")), "head": fc}, ("head", "encoder.net.fc")),
+    ({"encoder": lambda: net(cnn=zoo.make("resnet18"), embed=fc()), "head": fc},
+     ("head", "encoder.embed", "encoder.cnn.fc")),
+    ({"encoder": lambda: net(resnet=block(), linear=fc(), bn=nn.BatchNorm1d(2)), "head": fc},
+     ("head", "encoder.linear", "encoder.bn")),
+    ({"encoder": lambda: nn.Sequential(conv(), library_layer(), nn.Flatten(), fc()), "head": fc},
+     ("head", "encoder.3")),
 ]  # fmt: skip
 
 
@@ -103,6 +111,15 @@ UNCERTAIN: list[tuple[dict[str, Any], str]] = [
     ({"trunk_output": block, "other": fc}, "no part is named like a head"),
     ({"conv1": conv, "aux_fc": fc}, "no head is the main one"),
     ({"head": block}, "cannot tell"),
+    ({"meta_encoder": fc, "backbone": lambda: zoo.make("resnet18"), "head": fc}, "'meta_encoder' may be new"),
+    (
+        {"teacher": lambda: zoo.make("resnet18"), "student": lambda: zoo.make("resnet18"), "fc": fc},
+        "it has a student.*backbone='teacher'",
+    ),
+    (
+        {"student_backbone": block, "teacher_backbone": block, "student_head": fc},
+        "it has a student.*backbone='teacher_backbone'",
+    ),
 ]
 
 
