@@ -45,6 +45,21 @@ def stops():
 def fails():
     raise ValueError("no\\nconfiguration")
 
+class Leave(BaseException):
+    pass
+
+def leaves():
+    raise Leave("now")
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Linear(3, 3)
+        self.fc = nn.LazyLinear(2)
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+
 def reads():
     layer = nn.Linear(3, 3)
     return float(layer.weight.sum())
@@ -95,6 +110,11 @@ def test_what_would_be_downloaded_is_not(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "rule:     torchvision calls the head 'fc'" in plan("torchvision:regnet_y_400mf")
 
 
+def test_weights_that_there_are_not_are_not_asked_for() -> None:
+    pytest.importorskip("timm")
+    assert "create_model('beit3_giant_patch14_224', num_classes=10)" in plan("timm:beit3_giant_patch14_224")
+
+
 def test_timm() -> None:
     pytest.importorskip("timm")
     text = plan("timm:vit_base_patch16_siglip_224.webli")  # has no classifier unless asked for one
@@ -109,6 +129,7 @@ def test_a_factory_in_the_current_folder(here: Path) -> None:
     assert done.stdout.endswith(
         "  from planned import Net\n  model = Net()\n  freezekit.freeze_backbone(model)\n"
     )
+    assert re.search(r"^fc +LazyLinear +0 +0 +0$", run("planned:Lazy", here).stdout, re.MULTILINE)
     assert "from planned import Makers\n  model = Makers.make()" in run("planned:Makers.make", here).stdout
 
 
@@ -120,6 +141,12 @@ def test_a_factory_in_the_current_folder(here: Path) -> None:
         ("torchvision:resnet19", "no such model in torchvision .* Remedy: did you mean 'resnet18' or"),
         ("torchvision:qqqqq", "no such model in torchvision .* Remedy: check the name"),
         ("torchvision:raft_small", "in optical flow no part is a head"),
+        ("timm:resnet18.nonsense", "no such weights in timm .* did you mean 'resnet18."),
+        ("planned.py:Net", "this is no module's name .*as planned:Net"),
+        ("./planned.py:Net", "this is no module's name .*as planned:Net"),
+        (".planned:Net", "this is no module's name .*as planned:Net"),
+        ("planned:lazy", r"cannot tell the head of Sequential: .*0 .LazyLinear, 0 parameters"),
+        ("planned:leaves", r"making it fails \(got Leave: now\)"),
         ("planned:Nett", "planned:Nett: no such name in planned .* did you mean 'Net'"),
         ("planned:number", r"neither a model nor makes one \(got int\)"),
         ("planned:nothing", r"this makes no model \(got NoneType\)"),

@@ -13,7 +13,7 @@ from freezekit.freezing import holding, optim
 from freezekit.freezing.folding import describe
 from freezekit.freezing.groups import orphans_of
 from freezekit.freezing.release import release_all, unfreeze
-from freezekit.freezing.selection import Selection, names_of, require_module, tensors_of
+from freezekit.freezing.selection import Selection, names_of, require_module, size_of, tensors_of
 from freezekit.patterns import select
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ class Freeze:
                 if child_name or owner is self.model
             ]
             counts = [
-                sum(t.numel() for n, t in tensors if n in frozen and isinstance(t, nn.Parameter)),
-                sum(t.numel() for n, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
+                sum(size_of(t) for n, t in tensors if n in frozen and isinstance(t, nn.Parameter)),
+                sum(size_of(t) for n, t in tensors if isinstance(t, nn.Parameter) and t.requires_grad),
                 sum(holding.is_held(m) and _is_norm(m) for m in child.modules()) if child_name else 0,
             ]
             if tensors and (child_name or any(counts)):

@@ -98,7 +98,10 @@ def _timm(name: str, model: str) -> tuple[Callable[[], Any], list[str]]:
     timm = _import("timm", name)
     architecture = model.partition(".")[0]  # a name may go on to say which weights
     _refuse_unknown(name, architecture, timm.list_models(), "model in timm")
-    code = ["import timm", f"model = timm.create_model({model!r}, pretrained=True, num_classes=10)"]
+    if model != architecture:
+        _refuse_unknown(name, model, timm.list_pretrained(f"{architecture}.*"), "weights in timm")
+    given = ", pretrained=True" if timm.is_model_pretrained(model) else ""
+    code = ["import timm", f"model = timm.create_model({model!r}{given}, num_classes=10)"]
     return lambda: timm.create_model(architecture, num_classes=10), code
 
 
@@ -107,6 +110,14 @@ def _factory(name: str, path: str) -> tuple[Callable[[], Any], list[str]]:
     if here not in sys.path:  # as with python -m
         sys.path.insert(0, here)
     source = name.partition(":")[0]
+    if {"/", "\\"} & {*source} or source.endswith((".py", ".")) or source.startswith("."):
+        stem = source.replace("\\", "/").rpartition("/")[2].removesuffix(".py").strip(".")
+        raise FreezekitError(
+            "this is no module's name",
+            where="MODEL",
+            got=repr(name),
+            remedy=f"run this in the folder that holds it, as {stem or 'module'}:{path}",
+        )
     found: Any = _import(source, name)
     for part in path.split("."):
         if not hasattr(found, part):
@@ -143,7 +154,9 @@ def _import(module: str, name: str) -> Any:
             remedy=f"pip install {missing.partition('.')[0]}"
             + ("" if ours else ", or run this in the folder that holds it"),
         ) from error
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise FreezekitError(
             "the module cannot be imported",
             where=name,
@@ -157,7 +170,9 @@ def _build(name: str, make: Callable[[], Any]) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of libraries, about weights that are not wanted here
             model = build_without_memory(make)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         on_meta = "meta" in str(error).lower()
         raise FreezekitError(
             "the model cannot be built without memory, on the meta device" if on_meta else "making it fails",

@@ -22,6 +22,7 @@ from freezekit.freezing.selection import (
     has_parameters,
     nothing_but,
     prefixed,
+    size_of,
 )
 from freezekit.freezing.words import (
     AUXILIARY,
@@ -250,7 +251,7 @@ def wrapped(model: nn.Module) -> str | None:
 def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> SelectionError:
     """Make the error for a model that cannot be told apart: the candidates, and the call to make."""
     rows = [
-        f"{name} ({type(child).__name__}, {sum(p.numel() for p in child.parameters()):,} parameters)"
+        f"{name} ({type(child).__name__}, {sum(map(size_of, child.parameters())):,} parameters)"
         for name, child in model.named_children()
     ]
     shown = rows if len(rows) <= 12 else [*rows[:5], "...", *rows[-6:]]
@@ -269,11 +270,8 @@ def _call_to_make(model: nn.Module, heads: list[str]) -> str:
     nested = [n for n, _ in model.named_modules() if is_head(n.rpartition(".")[2]) and n not in heads]
     shallowest = min((n.count(".") for n in nested), default=0)
     likely = heads or [n for n in nested if n.count(".") == shallowest][:3] or list(children)[-1:]
-    if networks and not heads:
-        side, names = "backbone", networks
-    elif likely:
-        side, names = "head", likely
-    else:
+    side, names = ("backbone", networks) if networks and not heads else ("head", likely)
+    if not names:
         return 'freezekit.freeze(model, "*") freezes all of a model'
     given = repr(names[0] if len(names) == 1 else names)
     return f"say which it is, for example freezekit.freeze_backbone(model, {side}={given})"

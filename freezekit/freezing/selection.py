@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.patterns import select
@@ -22,6 +23,7 @@ __all__ = [
     "prefixed",
     "require_module",
     "resolve",
+    "size_of",
     "tensors_of",
 ]
 
@@ -65,6 +67,11 @@ def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 def has_parameters(module: nn.Module | None) -> bool:
     """Tell whether there is a module, with anything in it that could train."""
     return module is not None and any(True for _ in module.parameters())
+
+
+def size_of(tensor: Tensor) -> int:
+    """Count the elements, of which a parameter not yet initialised has none so far."""
+    return 0 if is_lazy(tensor) else tensor.numel()
 
 
 def require_module(model: object) -> None:
