@@ -10,9 +10,9 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing.holding import live_class
-from freezekit.freezing.recognition import LIBRARY_MODELS, SKIPPED, has_parameters, home_of, is_below
+from freezekit.freezing.recognition import LIBRARY_MODELS, SKIPPED, home_of, is_below
 from freezekit.freezing.rules import undecided
-from freezekit.freezing.selection import Selection
+from freezekit.freezing.selection import Selection, has_parameters
 from freezekit.freezing.words import ADAPTER, ADAPTER_CLASS
 
 __all__ = ["refuse_doubtful"]

@@ -7,9 +7,11 @@ from contextvars import ContextVar
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from freezekit.errors import SelectionError
 from freezekit.freezing.selection import Selection, has_parameters, prefixed
+from freezekit.freezing.words import CONSTANT, TOKEN
 
 __all__ = [
     "LIBRARY_MODELS",
@@ -23,6 +25,7 @@ __all__ = [
     "found_by_others",
     "home_of",
     "is_below",
+    "own_tensors",
     "parameters_of",
     "weighty",
 ]
@@ -52,6 +55,17 @@ def derives(module: nn.Module | None, name: str, *packages: str) -> bool:
 def weighty(model: nn.Module) -> list[str]:
     """Return the names of the children that have parameters."""
     return [name for name, child in model.named_children() if has_parameters(child)]
+
+
+def own_tensors(model: nn.Module, heads: Iterable[nn.Module] = ()) -> list[str]:
+    """Return the model's own parameters and buffers that may be new: those that are no token or position.
+
+    Beside heads, buffers belong to the layers before, unless they are as long as something in a head is.
+    """
+    own = [name for name, p in model._parameters.items() if p is not None and not TOKEN.fullmatch(name)]
+    buffers = {n: b for n, b in model._buffers.items() if b is not None and not CONSTANT.fullmatch(n)}
+    lengths = {p.shape[0] for head in heads for p in head.parameters() if not is_lazy(p) and p.dim()}
+    return own + [n for n, b in buffers.items() if not lengths or (b.dim() and b.shape[0] in lengths)]
 
 
 def parameters_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

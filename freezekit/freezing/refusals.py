@@ -141,7 +141,8 @@ def refuse_shared(
                 f"backbone and head share a {kind}: it cannot be frozen in one and train in the other",
                 where="model",
                 got=f"{frozen[id(thing)]} is {name}",
-                remedy="decide with freezekit.freeze(model, [...]), which freezes it everywhere",
+                remedy="say by name what is to be frozen, for example freezekit.freeze(model, "
+                f"{frozen[id(thing)].partition('.')[0]!r}), which freezes it everywhere",
             )
 
 

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from freezekit.errors import SelectionError
 from freezekit.freezing import frameworks
 from freezekit.freezing.base_models import has_task
-from freezekit.freezing.recognition import LIBRARY_MODELS, derives, home_of
+from freezekit.freezing.recognition import LIBRARY_MODELS, derives, home_of, own_tensors
 from freezekit.freezing.selection import (
     NoHeadError,
     Selection,
@@ -30,7 +30,6 @@ from freezekit.freezing.words import (
     INPUT,
     ON_NETWORK,
     PIECE,
-    TOKEN,
     all_of,
     is_head,
     is_network,
@@ -66,7 +65,7 @@ def torchvision_model(model: nn.Module) -> Selection | None:
     # torchvision's pools have no parameters: one that has was put there
     pools = [n for n, child in children.items() if "avgpool" in n and has_parameters(child)]
     rule = f"torchvision calls the head {_quoted(heads)}"
-    return everything_but([*heads, *pools, *_own(model)], model, rule)
+    return everything_but([*heads, *pools, *own_tensors(model)], model, rule)
 
 
 def _detector(model: nn.Module) -> Selection:
@@ -109,7 +108,7 @@ def timm_model(model: nn.Module) -> Selection | None:
     named = sorted({n for n in names if n.partition(".")[0] in heads and n.rpartition(".")[0] not in names})
     rule = f"timm calls the classifier {_quoted(named)}"
     rule += f", and {_quoted(pools)} may be made for it" if pools else ""
-    return everything_but([*heads, *pools, *_own(model)], model, rule)
+    return everything_but([*heads, *pools, *own_tensors(model)], model, rule)
 
 
 def by_name(model: nn.Module) -> Selection | None:
@@ -166,7 +165,7 @@ def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
         headed = headed or new
         if not headed and name not in heads:
             row.append(name)
-            odd += [] if all_of(PIECE, name) else [name]
+            odd += [] if all_of(PIECE, name) or _is_norm(child) else [name]
             block = any(has_parameters(part) for part in child.children())
             convolved = convolved or not _is_linear(child)
             on_blocks, on_library = on_blocks or block, on_library or (block and _of_library(child))
@@ -174,7 +173,7 @@ def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
             odd.append(name)
     if odd:
         what = f"{_quoted(odd[:12])} may or may not be of the head, beside {_quoted(heads)}"
-        raise undecided(model, what, heads)
+        raise undecided(model, what, [*odd[:12], *heads])
     if not row or not main:
         raise undecided(
             model, "all of it is named like a head" if main else "no head is the main one", heads[-1:]
@@ -182,7 +181,8 @@ def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
     tail = every[every.index(row[-1]) + 1 :]
     chosen = {*heads, *tail}
     rule = f"{_quoted(heads)} is named like a head and comes last"
-    return everything_but([*(n for n in every if n in chosen), *_own(model)], model, rule)
+    own = own_tensors(model, [child for name, child in children if name in heads])
+    return everything_but([*(n for n in every if n in chosen), *own], model, rule)
 
 
 def _may_be_new(name: str, layer: nn.Module, convolved: bool, on_blocks: bool, on_library: bool) -> bool:
@@ -231,7 +231,8 @@ def by_order(model: nn.Module) -> Selection | None:
         return None
     heads = [name for name, _ in layers[end:]]
     inside = prefixed(inner, layers[full[0]][0]).head if inner else ()
-    return everything_but([*inside, *heads, *_own(model)], model, rule)
+    own = own_tensors(model, [layer for _, layer in layers[end:]])
+    return everything_but([*inside, *heads, *own], model, rule)
 
 
 LIBRARIES: tuple[Rule, ...] = (torchvision_model, timm_model, pyramid)
@@ -294,7 +295,7 @@ def _inside(child: nn.Module) -> Selection | None:
             return found
     children = _parametrised(child)
     models = [n for n, part in children.items() if _is_library_model(part)]
-    if models or (len(children) == 1 and not _own(child)):
+    if models or (len(children) == 1 and not own_tensors(child)):
         backbone: list[str] = []
         for n in models or children:
             inner = _inside(children[n])
@@ -338,12 +339,6 @@ def _refuse_later(model: nn.Module, heads: Sequence[str]) -> None:
     if later:
         why = f"{_quoted(later)} comes after the head {_quoted(heads)} and may be new"
         raise undecided(model, why, [*heads, *later])
-
-
-def _own(model: nn.Module) -> list[str]:
-    """Return the model's own parameters and buffers that are no token or position, so may be new."""
-    own = [n for n, p in model._parameters.items() if p is not None and not TOKEN.fullmatch(n)]
-    return own + [n for n, b in model._buffers.items() if b is not None and not CONSTANT.fullmatch(n)]
 
 
 def _is_network(name: str, module: nn.Module) -> bool:

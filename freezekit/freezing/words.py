@@ -30,17 +30,18 @@ HEAD = frozenset(
 END = frozenset({"final", "last", "out", "output", "outputs"})
 AUXILIARY = frozenset({"aux", "auxiliary"})
 NETWORK = frozenset(
-    {"backbone", "backbones", "base", "body", "encoder", "encoders", "extractor", "features", "trunk"}
-)
+    {"backbone", "backbones", "base", "body", "encoder", "encoders", "extractor", "feature", "features",
+     "trunk"}
+)  # fmt: skip
 ON_NETWORK = frozenset({"proj", "projection", "projections", "projector", "projectors"})
 INPUT = frozenset(
-    {"embed", "embedding", "embeddings", "embedder", "patch", "pos", "position", "positional", "stem", "tok",
-     "token", "word"}
+    {"emb", "embed", "embedding", "embeddings", "embedder", "patch", "pos", "position", "positional", "stem",
+     "tok", "token", "word"}
 )  # fmt: skip
 PIECE = INPUT | frozenset(
-    {"batch", "block", "blocks", "bn", "cell", "conv", "convs", "down", "first", "in", "inception", "initial",
-     "input", "layer", "layers", "level", "levels", "ln", "mid", "mixed", "norm", "res", "stage", "stages",
-     "up"}
+    {"act", "batch", "block", "blocks", "bn", "cell", "cnn", "conv", "convs", "down", "first", "in",
+     "inception", "initial", "input", "layer", "layers", "level", "levels", "ln", "mid", "mixed", "norm",
+     "prelu", "relu", "res", "stage", "stages", "up"}
 )  # fmt: skip
 ADAPTER = re.compile(r"(?:^|[._])(?:adapters?|lora|prompts?)(?:[._\d]|$)", re.IGNORECASE)
 ADAPTER_CLASS = re.compile("adapter|lora|prompt", re.IGNORECASE)

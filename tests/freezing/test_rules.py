@@ -279,9 +279,9 @@ def test_the_remedy_for_a_model_inside_is_a_call_that_can_be_made() -> None:
     with pytest.raises(SelectionError) as caught:
         find_backbone(model)
     call = str(caught.value).partition("for example ")[2]
-    assert call == "freezekit.freeze_backbone(model.module, head='fc')"
+    assert call == "freezekit.freeze_backbone(model.module, head=['lstm', 'fc'])"
     handle = eval(call)
-    assert handle.trainable == ["fc.weight", "fc.bias"]
+    assert handle.trainable[-3:] == ["lstm.bias_hh_l0", "fc.weight", "fc.bias"]
 
 
 def test_traced_graphs_keep_their_names() -> None:
@@ -307,10 +307,11 @@ def test_own_parameters_that_may_be_new_are_head() -> None:
 def test_own_parameters_of_a_home_made_model_that_may_be_new_are_head(model: nn.Module) -> None:
     model.prototypes = nn.Parameter(torch.ones(10, 3))
     model.pos_embed = nn.Parameter(torch.ones(3))
-    model.register_buffer("prior", torch.ones(10))
+    model.register_buffer("prior", torch.ones(2))
+    model.register_buffer("centre", torch.ones(5))
     found = find_backbone(model)
     assert found.head[-2:] == ("prototypes", "prior")
-    assert "pos_embed" in found.backbone
+    assert {"pos_embed", "centre"} <= set(found.backbone)
 
 
 def test_a_pool_with_parameters_is_head() -> None:
