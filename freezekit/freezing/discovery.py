@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import frameworks, rules
 from freezekit.freezing.additions import refuse_doubtful
 from freezekit.freezing.base_models import release_poolers
+from freezekit.freezing.recognition import as_inside
 from freezekit.freezing.selection import (
     Names,
     Selection,
@@ -84,12 +83,7 @@ def _within(model: nn.Module, name: str) -> Selection:
     try:
         return prefixed(find_backbone(model.get_submodule(name)), name)
     except SelectionError as error:
-        # the remedy is a call with the model inside, which may be made all the same
-        where, remedy = (
-            text and re.sub(r"\bmodel\b(?=[.,]|$)", f"model.{name}", text)
-            for text in (error.where, error.remedy)
-        )
-        raise type(error)(error.what, where=where, got=error.got, remedy=remedy) from None
+        raise as_inside(name, error) from None
 
 
 def select_backbone(model: nn.Module, head: Names | None, backbone: Names | None) -> Selection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -106,11 +107,13 @@ def answer_of(find: Callable[..., Selection], *arguments: object) -> Selection |
 
 
 def as_inside(name: str, error: SelectionError) -> SelectionError:
-    """Return the refusal of a module inside the model, told as the model's; ``""`` is the model itself."""
+    """Return the refusal of a module inside the model, with calls on it; ``""`` is the model itself."""
     if not name:
         return error
-    remedy = f"with model.{name} for model: {error.remedy}"
-    return SelectionError(error.what, where=f"model.{name}", got=error.got, remedy=remedy)
+    where, remedy = (
+        text and re.sub(r"\bmodel\b(?=[.,]|$)", f"model.{name}", text) for text in (error.where, error.remedy)
+    )
+    return type(error)(error.what, where=where, got=error.got, remedy=remedy)
 
 
 def children_of(model: nn.Module) -> str:

@@ -419,7 +419,7 @@ class TestLightning:
 
     def test_the_reason_of_the_model_inside_is_given(self) -> None:
         module = lightning_class()(net=nn.Sequential(nn.Linear(4, 4)))
-        with pytest.raises(SelectionError, match=r"^model.net: .*Remedy: with model.net for model: "):
+        with pytest.raises(SelectionError, match=r"^model.net: .*Remedy: .*freeze_backbone.model.net, head="):
             find_backbone(module)
 
 
