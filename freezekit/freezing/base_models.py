@@ -15,9 +15,8 @@ from freezekit.freezing.recognition import (
     derives,
     find_inside,
     is_below,
-    weighty,
 )
-from freezekit.freezing.selection import Selection, everything_but, has_parameters, tensors_of
+from freezekit.freezing.selection import Selection, everything_but, has_parameters, parametrised, tensors_of
 
 __all__ = ["has_task", "release_poolers", "transformers_model"]
 
@@ -46,7 +45,7 @@ def transformers_model(model: nn.Module) -> Selection | None:
     prefix = _prefix(model)
     if prefix is not None and not derives(model._modules[prefix], "PreTrainedModel", "transformers"):
         # a model of another library inside (timm): as wrapped, if there is nothing else
-        return find_inside(model, prefix) if weighty(model) == [prefix] else None
+        return find_inside(model, prefix) if list(parametrised(model)) == [prefix] else None
     bodies = _bodies(model)
     modules = {name: model.get_submodule(name) for name in bodies}
     for name, body in modules.items():
@@ -115,7 +114,7 @@ def _bodies(model: nn.Module) -> list[str]:
             remedy="load it with a head (a class named ...For...), or freeze all of it with "
             'freezekit.freeze(model, "*")',
         )
-    children, order = dict(model.named_children()), weighty(model)
+    children, order = dict(model.named_children()), list(parametrised(model))
     found = [
         name
         for name in order
@@ -154,7 +153,7 @@ def _bare(model: nn.Module, name: str) -> list[str]:
     """Return the base model in the child: the child, or, where that has a head of its own, what is in it."""
     child = model.get_submodule(name)
     prefix = _prefix(child)
-    if has_task(child) or (prefix is not None and weighty(child)[:1] == [prefix]):
+    if has_task(child) or (prefix is not None and list(parametrised(child))[:1] == [prefix]):
         return [f"{name}.{inner}" for inner in _bodies(child)]
     return [name]
 
@@ -178,7 +177,7 @@ def _refuse_classes_inside(model: nn.Module, name: str, body: nn.Module) -> None
     kinds = {type(module) for module in body.modules()}
     makers = sorted(kind.__name__ for kind in kinds if _speaks_of(kind.__init__, "num_labels"))
     if makers:
-        parts = [f"{name}.{child}" for child in weighty(body)]
+        parts = [f"{name}.{child}" for child in list(parametrised(body))]
         likely = [p for p in parts if p.rpartition(".")[2] in ("backbone", "encoder")] or parts[:1]
         raise SelectionError(
             f"the base model of {type(model).__name__} holds layers made for the number of classes, which "

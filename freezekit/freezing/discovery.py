@@ -13,8 +13,8 @@ from freezekit.freezing.selection import (
     Names,
     Selection,
     everything_but,
-    has_parameters,
     names_of,
+    parametrised,
     prefixed,
     require_module,
     resolve,
@@ -73,7 +73,7 @@ def _wrapper(model: nn.Module) -> Selection | None:
 
 def _only_child(model: nn.Module) -> Selection | None:
     """Look into what holds one model and nothing else that trains."""
-    full = [name for name, child in model.named_children() if has_parameters(child)]
+    full = list(parametrised(model))
     if len(full) != 1 or any(p is not None for p in model._parameters.values()):
         return None
     return _within(model, full[0]) if any(True for _ in model.get_submodule(full[0]).children()) else None

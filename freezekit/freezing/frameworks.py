@@ -25,9 +25,8 @@ from freezekit.freezing.recognition import (
     found_by_others,
     is_below,
     parameters_of,
-    weighty,
 )
-from freezekit.freezing.selection import Selection, everything_but, has_parameters
+from freezekit.freezing.selection import Selection, everything_but, has_parameters, parametrised
 
 __all__ = ["RULES", "adapted_model", "lightning_module", "segmentation_model"]
 
@@ -198,7 +197,7 @@ def lightning_module(model: nn.Module) -> Selection | None:
         model, "LightningModule", "lightning", "pytorch_lightning"
     ):
         return None
-    held = weighty(model)
+    held = list(parametrised(model))
     answers = {name: answer_of(find_inside, model, name) for name in held}
     if len(held) > 1:
         answers[""] = answer_of(found_by_others, "lightning", model)

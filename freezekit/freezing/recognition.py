@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from freezekit.errors import SelectionError
-from freezekit.freezing.selection import Selection, has_parameters, prefixed
+from freezekit.freezing.selection import Selection, prefixed
 from freezekit.freezing.words import CONSTANT, TOKEN
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "is_below",
     "own_tensors",
     "parameters_of",
-    "weighty",
 ]
 
 SKIPPED: ContextVar[frozenset[tuple[str, int]]] = ContextVar("SKIPPED", default=frozenset())
@@ -51,11 +50,6 @@ def derives(module: nn.Module | None, name: str, *packages: str) -> bool:
         kind.__name__ == name and kind.__module__.partition(".")[0] in packages
         for kind in type(module).__mro__
     )
-
-
-def weighty(model: nn.Module) -> list[str]:
-    """Return the names of the children that have parameters."""
-    return [name for name, child in model.named_children() if has_parameters(child)]
 
 
 def own_tensors(model: nn.Module, heads: Iterable[nn.Module] = ()) -> list[str]:

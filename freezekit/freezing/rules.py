@@ -21,6 +21,7 @@ from freezekit.freezing.selection import (
     everything_but,
     has_parameters,
     nothing_but,
+    parametrised,
     prefixed,
     size_of,
 )
@@ -113,7 +114,7 @@ def timm_model(model: nn.Module) -> Selection | None:
 
 def by_name(model: nn.Module) -> Selection | None:
     """Go by conventional names: something called a head, beside a backbone or after layers of one."""
-    children = _parametrised(model)
+    children = parametrised(model)
     encodes = any("encoder" in words(name) for name in children)
     heads = [n for n in children if is_head(n) or (not encodes and words(n)[-1:] == ["decoder"])]
     networks = [n for n, c in children.items() if n not in heads and _is_network(n, c)]
@@ -125,7 +126,7 @@ def by_name(model: nn.Module) -> Selection | None:
 
 def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]) -> Selection:
     """Take what is called a backbone, without a head of its own inside; the rest is put on it."""
-    children, every = _parametrised(model), dict(model.named_children())
+    children, every = parametrised(model), dict(model.named_children())
     order, names = list(children), list(every)
     before = [n for n in order[: order.index(networks[-1])] if n not in (*networks, *heads)]
     pretrained = [n for n in networks if _holds_library(children[n])]
@@ -155,7 +156,7 @@ def _on_networks(model: nn.Module, networks: Sequence[str], heads: Sequence[str]
 
 def _in_a_row(model: nn.Module, heads: Sequence[str]) -> Selection:
     """Take layers named as convolutional networks and transformers name theirs, and then a head."""
-    children, every = list(_parametrised(model).items()), [name for name, _ in model.named_children()]
+    children, every = list(parametrised(model).items()), [name for name, _ in model.named_children()]
     main = {name for name in heads if not AUXILIARY & {*words(name)}}
     row: list[str] = []
     odd: list[str] = []
@@ -265,7 +266,7 @@ def undecided(model: nn.Module, why: str, heads: Iterable[str] = ()) -> Selectio
 
 
 def _call_to_make(model: nn.Module, heads: list[str]) -> str:
-    children = _parametrised(model)
+    children = parametrised(model)
     networks = [n for n, c in children.items() if _is_network(n, c) and "student" not in words(n)]
     networks = [n for n in networks if _holds_library(children[n])] or networks
     nested = [n for n, _ in model.named_modules() if is_head(n.rpartition(".")[2]) and n not in heads]
@@ -293,7 +294,7 @@ def _inside(child: nn.Module) -> Selection | None:
             return None
         if found is not None:
             return found
-    children = _parametrised(child)
+    children = parametrised(child)
     models = [n for n, part in children.items() if _is_library_model(part)]
     if models or (len(children) == 1 and not own_tensors(child)):
         backbone: list[str] = []
@@ -307,7 +308,7 @@ def _inside(child: nn.Module) -> Selection | None:
 
 def _new_inside(child: nn.Module) -> list[str]:
     """Return what is named like a head, linear layers after it, and what ends a row of a library's layers."""
-    children = list(_parametrised(child).items())
+    children = list(parametrised(child).items())
     named = [k for k, (n, part) in enumerate(children) if is_head(n) and not _is_norm(part)]
     heads = [
         n for k, (n, p) in enumerate(children) if k in named or (named and k > named[0] and _is_linear(p))
@@ -334,7 +335,7 @@ def _with_parameters(model: nn.Module, names: Sequence[str], remedy: str) -> lis
 
 def _refuse_later(model: nn.Module, heads: Sequence[str]) -> None:
     """Refuse layers that come after the heads, which the library did not put there."""
-    order = list(_parametrised(model))
+    order = list(parametrised(model))
     later = order[max(map(order.index, heads)) + 1 :]
     if later:
         why = f"{_quoted(later)} comes after the head {_quoted(heads)} and may be new"
@@ -366,10 +367,6 @@ def _of_library(module: nn.Module) -> bool:
     return bool(parts) and all(
         home_of(part, *LIBRARY_MODELS) is not None for part in parts if has_parameters(part)
     )
-
-
-def _parametrised(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: child for name, child in model.named_children() if has_parameters(child)}
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -20,6 +20,7 @@ __all__ = [
     "has_parameters",
     "names_of",
     "nothing_but",
+    "parametrised",
     "prefixed",
     "require_module",
     "resolve",
@@ -72,6 +73,11 @@ def has_parameters(module: nn.Module | None) -> bool:
 def size_of(tensor: Tensor) -> int:
     """Count the elements, of which a parameter not yet initialised has none so far."""
     return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def parametrised(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the children that have parameters, by name."""
+    return {name: child for name, child in model.named_children() if has_parameters(child)}
 
 
 def require_module(model: object) -> None:
