@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "AveragedModel": "freezekit.freezing.averaging",
-    "DriftAuditor": "freezekit.audit.monitor",
+    "DriftAuditor": "freezekit.audit.live.monitor",
     "DriftReport": "freezekit.audit.findings",
     "Finding": "freezekit.audit.findings",
     "Freeze": "freezekit.freezing.handle",
@@ -75,7 +75,7 @@ if TYPE_CHECKING:
     from freezekit import nn
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding
-    from freezekit.audit.monitor import DriftAuditor
+    from freezekit.audit.live.monitor import DriftAuditor
     from freezekit.errors import (
         CheckpointError,
         DriftError,

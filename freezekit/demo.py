@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from freezekit.audit.files import audit_checkpoint
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.monitor import DriftAuditor
+from freezekit.audit.live.monitor import DriftAuditor
 from freezekit.errors import FreezekitError
 from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import trainable_parameters

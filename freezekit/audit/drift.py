@@ -10,20 +10,16 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from freezekit.audit.findings import Finding, LayerDrift
+from freezekit.audit.findings import CAUSES, Finding, LayerDrift
 from freezekit.audit.state import StateTable, TensorState
 
 __all__ = ["compare", "compare_structure", "describe_layer", "health", "same_bits"]
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
 
-FREEZE_FIX = (
-    "requires_grad=False does not stop running statistics; freezekit.freeze_backbone(model) keeps the layer "
-    "in eval mode whatever model.train() does"
-)
 _FIXES = {
-    "FK101": FREEZE_FIX,
-    "FK102": FREEZE_FIX,
+    "FK101": CAUSES["train-mode forward"],
+    "FK102": CAUSES["train-mode forward"],
     "FK103": "freezekit.freeze_backbone(model) before building the optimizer; look for a stale .grad, an "
     "optimizer that decays parameters without one, or code that writes to the parameter",
     "FK104": "freezekit.freeze_backbone(model) holds the layer in eval mode; if it writes its buffer in eval "

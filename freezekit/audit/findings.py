@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CODES", "DriftReport", "Finding", "LayerDrift", "Level"]
+__all__ = ["CAUSES", "CODES", "Cause", "DriftReport", "Finding", "LayerDrift", "Level", "Moment"]
 
 Level = Literal["error", "warning"]
 
@@ -16,12 +16,82 @@ CODES: dict[str, tuple[str, Level]] = {
     "FK103": ("a frozen parameter changed", "error"),
     "FK104": ("a frozen buffer changed", "error"),
     "FK105": ("a frozen tensor is missing, added, reshaped or recast", "error"),
+    # its values are those that were frozen
+    "FK106": ("a frozen tensor moved to another device", "warning"),
+    "FK201": ("the output depends on what else is in the batch", "error"),
+    # somebody may want it
+    "FK202": ("dropout is active in the frozen part", "warning"),
+    "FK203": ("the output is not what it was when frozen", "error"),
     "FK401": ("running statistics hold NaN or infinity", "error"),
     "FK402": ("running_var is negative", "error"),
     "FK403": ("running statistics were never trained", "error"),
     # a model that was frozen in part counts differently in its two parts, and rightly so
     "FK404": ("num_batches_tracked differs between layers", "warning"),
 }
+
+
+#: kind of cause -> what to do about it
+CAUSES: dict[str, str] = {
+    "train-mode forward": "requires_grad=False does not stop running statistics; "
+    "freezekit.freeze_backbone(model) keeps the layer in eval mode whatever model.train() does",
+    "own forward": "the layer writes to its own state in eval mode too: change its forward, or take "
+    "it out of the frozen part",
+    "recompute": "freezekit.freeze_backbone(model) keeps the layer in eval mode, so that computing it "
+    "again in the backward pass moves nothing",
+    "gradient": "freezekit.freeze_backbone(model, optimizer=optimizer) before training, or "
+    "optimizer.zero_grad(set_to_none=True) once after freezing",
+    "momentum": "freezekit.freeze_backbone(model, optimizer=optimizer) takes what is frozen out of "
+    "the optimizer and parks its momentum",
+    "weight decay": "freezekit.freeze_backbone(model, optimizer=optimizer) takes what is frozen out "
+    "of the optimizer; or make it from freezekit.trainable_parameters(model)",
+    "optimizer": "make the optimizer from freezekit.trainable_parameters(model), or freeze with optimizer=",
+    "load_state_dict": "load first, then freeze and make the auditor",
+    "averaging": "freezekit.AveragedModel copies what is frozen and averages the rest",
+    "broadcast": "DistributedDataParallel(..., broadcast_buffers=False), or the same checkpoint on "
+    "every rank",
+    "write": "find the code that writes to it; what is frozen must only be read",
+    "assignment": "do not put another tensor in place of a frozen one; unfreeze it first",
+    "move": "move or cast the model before making the auditor",
+    "unknown": "every=1 narrows it down to a step; auditor.check() between the parts of the loop to a line",
+}
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why something moved, as far as that is known for certain.
+
+    Args:
+        kind: one of :data:`CAUSES`; ``"unknown"`` where the evidence does not tell.
+        detail: the evidence: ``"in train mode since train.py:31 in fit"``.
+        where: the line of the user's code that did it, as ``"train.py:31 in fit"``, where known.
+
+    >>> print(Cause("write", "2 counted writes outside any optimizer step"))
+    write (2 counted writes outside any optimizer step)
+    """
+
+    kind: str
+    detail: str = ""
+    where: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else self.kind
+
+
+@dataclass(frozen=True)
+class Moment:
+    """How far a layer's running statistics were from the frozen ones at one step.
+
+    Args:
+        step: the optimizer step after which this was measured.
+        mean_shift_sigma: as in :class:`LayerDrift`.
+        var_ratio: as in :class:`LayerDrift`.
+        num_batches_tracked: the counter then, ``None`` where there is none.
+    """
+
+    step: int
+    mean_shift_sigma: float | None
+    var_ratio: float | None
+    num_batches_tracked: int | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +104,7 @@ class Finding:
         message: what was seen, with its size.
         fix: what to do.
         step: the optimizer step after which it was first seen, in a live audit.
+        cause: why it moved, in a live audit.
 
     >>> Finding("FK101", "bn1", "mean moved by 0.5 sigma", "freeze it", step=1).level
     'error'
@@ -44,6 +115,7 @@ class Finding:
     message: str
     fix: str
     step: int | None = None
+    cause: Cause | None = None
 
     @property
     def level(self) -> Level:
@@ -71,6 +143,7 @@ class LayerDrift:
             ``None`` without a comparison.
         changed: whether the layer counts as frozen and a bit of its statistics or counter differs.
         step: the optimizer step after which that was first seen, in a live audit.
+        timeline: how it went, in a live audit.
     """
 
     name: str
@@ -82,6 +155,7 @@ class LayerDrift:
     var_ratio: float | None = None
     changed: bool = False
     step: int | None = None
+    timeline: tuple[Moment, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 __all__ = ["DTYPE_SIZES", "Role", "StateTable", "TensorState", "role_of"]
 
-Role = Literal["running_mean", "running_var", "num_batches_tracked", "parameter", "buffer"]
+Role = Literal["running_mean", "running_var", "num_batches_tracked", "parameter", "buffer", "attribute"]
 
 #: dtypes whose values can be read, as torch names them, with their size in bytes
 DTYPE_SIZES: dict[str, int] = {
