@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from freezekit.errors import CheckpointError, FreezekitError
+from freezekit.errors import CheckpointError
+from freezekit.jsonfile import Reader, write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,10 +24,12 @@ KEY = "freezekit_manifest"
 FORMAT = 1
 
 MAX_BYTES = 32 * 2**20
-_MAX_NAME = 1_000
 _MAX_RANK = 64
 _ROLES = ("running_mean", "running_var", "num_batches_tracked", "parameter", "buffer")
 _CHOICES = ("bn", "convert", "hold")
+READER = Reader(
+    "manifest", "save the manifest again from the run, or copy the file again", MAX_BYTES, max_text=1_000
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Manifest:
         Traceback (most recent call last):
         freezekit.errors.CheckpointError: not a freezekit manifest: no 'freezekit_manifest' in it. ...
         """
-        content = _object(_parse(text), "it")
+        content = READER.mapping(READER.parse(text), "it")
         if KEY not in content:
             raise CheckpointError(
                 f"not a freezekit manifest: no '{KEY}' in it",
@@ -149,18 +151,19 @@ class Manifest:
                 "a manifest of a newer format", got=f"{version}, {FORMAT} is known", remedy="update freezekit"
             )
         if type(version) is not int or version != FORMAT:
-            _refuse(f"its format is {FORMAT}", version)
-        _keys(content, set(cls.__dataclass_fields__) - {"border"}, {"border"}, "it")
+            READER.refuse(f"its format is {FORMAT}", version)
+        READER.keys(content, set(cls.__dataclass_fields__) - {"border"}, {"border"}, "it")
         tensors = tuple(
-            _tensor(item, f"tensor {n}") for n, item in enumerate(_list(content["tensors"], "tensors"))
+            _tensor(item, f"tensor {n}")
+            for n, item in enumerate(READER.entries(content["tensors"], "tensors"))
         )
         if len({tensor.name for tensor in tensors}) != len(tensors):
-            _refuse("no tensor is in it twice", None)
+            READER.refuse("no tensor is in it twice", None)
         border = content.get("border", False)
         if type(border) is not bool:
-            _refuse("its 'border' is true or false", border)
-        choices = _object(content["choices"], "choices")
-        _keys(choices, set(), set(_CHOICES), "choices")
+            READER.refuse("its 'border' is true or false", border)
+        choices = READER.mapping(content["choices"], "choices")
+        READER.keys(choices, set(), set(_CHOICES), "choices")
         return cls(
             model=_text(content["model"], "model"),
             tensors=tensors,
@@ -189,24 +192,7 @@ class Manifest:
         >>> Manifest.load(path)
         <manifest of a Net: 0 tensors and 0 layers frozen>
         """
-        # beside it, since a file can be renamed within its own file system only
-        folder, name = os.path.split(os.fspath(path))
-        partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}")
-        try:
-            with open(partial, "x", encoding="ascii") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except OSError as error:
-            if os.path.exists(partial):
-                os.unlink(partial)
-            raise FreezekitError(
-                "cannot write the manifest",
-                where=os.fspath(path),
-                got=error.strerror,
-                remedy="give the path of a file in a folder that exists and can be written to",
-            ) from error
+        write(path, self.to_json(), "manifest")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Manifest:
@@ -282,90 +268,39 @@ def _without_defaults(tensor: FrozenTensor) -> dict[str, Any]:
     return {key: value for key, value in asdict(tensor).items() if value != fields[key].default}
 
 
-def _parse(text: str) -> object:
-    """Decode JSON from who knows where."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            _refuse("no key is in it twice", None)
-        return made
-
-    def whole(digits: str) -> int:
-        if len(digits) > 20:  # a million digits would take minutes
-            _refuse("its numbers are sizes", None)
-        return int(digits)
-
-    def refuse_number(number: str) -> NoReturn:
-        _refuse("its numbers are whole", None)
-
-    if not isinstance(text, str):
-        _refuse("it is text", text)
-    if len(text) > MAX_BYTES:
-        raise CheckpointError("too long for a manifest", got=f"more than {MAX_BYTES // 2**20} MB")
-    try:
-        return json.loads(
-            text,
-            object_pairs_hook=unique,
-            parse_int=whole,
-            parse_float=refuse_number,
-            parse_constant=refuse_number,
-        )
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            "not a manifest, or a damaged one: it is not JSON",
-            got=ascii(str(error))[1:-1][:120],
-            remedy="save the manifest again, or copy the file again",
-        ) from error
-
-
 def _tensor(item: object, where: str) -> FrozenTensor:
-    fields = _object(item, where)
+    fields = READER.mapping(item, where)
     required = {"name", "role", "dtype", "shape", "sha256"}
-    _keys(fields, required, {"reason", "persistent", "tied_to"}, where)
+    READER.keys(fields, required, {"reason", "persistent", "tied_to"}, where)
     name, role, dtype = (_text(fields[key], f"{where}'s {key}") for key in ("name", "role", "dtype"))
     digest, reason = (_optional_text(fields.get(key), f"{where}'s {key}") for key in ("sha256", "reason"))
-    shape, persistent = _list(fields["shape"], f"{where}'s shape"), fields.get("persistent", True)
+    shape, persistent = READER.entries(fields["shape"], f"{where}'s shape"), fields.get("persistent", True)
     fits = role in ("parameter", "buffer") or role == name.rpartition(".")[2]
     if not name or role not in _ROLES or not fits or not re.fullmatch(r"\w{1,50}", dtype, re.ASCII):
-        _refuse(
+        READER.refuse(
             f"{where} has a name, a role that fits its name, and a dtype",
             f"{name!r}, {role!r}, {dtype!r}"[:120],
         )
     if len(shape) > _MAX_RANK or not all(type(size) is int and 0 <= size <= 2**62 for size in shape):
-        _refuse(f"{where}'s shape is sizes", None)
+        READER.refuse(f"{where}'s shape is sizes", None)
     if type(persistent) is not bool:
-        _refuse(f"{where}'s 'persistent' is true or false", persistent)
+        READER.refuse(f"{where}'s 'persistent' is true or false", persistent)
     is_digest = digest is None or re.fullmatch(r"[0-9a-f]{64}", digest)
     if (digest is None) == (reason is None) or not is_digest:
-        _refuse(f"{where} has a SHA-256 in lower-case hexadecimal digits, or a reason why it has none", None)
+        READER.refuse(
+            f"{where} has a SHA-256 in lower-case hexadecimal digits, or a reason why it has none", None
+        )
     tied_to = _optional_text(fields.get("tied_to"), f"{where}'s tied_to")
     return FrozenTensor(name, role, dtype, tuple(shape), digest, reason, persistent, tied_to)
 
 
-def _keys(found: dict[str, Any], required: set[str], optional: set[str], where: str) -> None:
-    for key in sorted(required - found.keys()):
-        _refuse(f"{where} has '{key}'", None)
-    for key in found.keys() - required - optional:
-        _refuse(f"{where} has nothing that is not known", ascii(key)[:80])
-
-
-def _object(value: object, where: str) -> dict[str, Any]:
-    return value if isinstance(value, dict) else _refuse(f"{where} is an object", value)
-
-
-def _list(value: object, where: str) -> list[Any]:
-    return value if isinstance(value, list) else _refuse(f"{where} is a list", value)
-
-
 def _text(value: object, where: str) -> str:
-    if not isinstance(value, str) or len(value) > _MAX_NAME:
-        _refuse(f"{where} is text of at most {_MAX_NAME} characters", value)
+    made = READER.text(value, where)
     try:
-        value.encode()
+        made.encode()
     except UnicodeEncodeError:
-        _refuse(f"{where} is text", ascii(value)[:80])
-    return value
+        READER.refuse(f"{where} is text", ascii(value)[:80])
+    return made
 
 
 def _optional_text(value: object, where: str) -> str | None:
@@ -373,16 +308,7 @@ def _optional_text(value: object, where: str) -> str | None:
 
 
 def _texts(value: object, where: str) -> tuple[str, ...]:
-    made = tuple(_text(item, f"an entry of {where}") for item in _list(value, where))
+    made = tuple(_text(item, f"an entry of {where}") for item in READER.entries(value, where))
     if len(set(made)) != len(made):
-        _refuse(f"no entry of {where} is in it twice", None)
+        READER.refuse(f"no entry of {where} is in it twice", None)
     return made
-
-
-def _refuse(rule: str, got: object) -> NoReturn:
-    shown = None if got is None else got if isinstance(got, str) else f"a {type(got).__name__}"
-    raise CheckpointError(
-        f"a damaged or hostile manifest: it must be such that {rule}",
-        got=shown if shown is None else ascii(shown)[1:-1][:120],
-        remedy="save the manifest again from the run, or copy the file again",
-    )

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-__all__ = ["CAUSES", "CODES", "Cause", "DriftReport", "Finding", "LayerDrift", "Level", "Moment"]
+if TYPE_CHECKING:
+    import os
+
+__all__ = [
+    "CAUSES",
+    "CODES",
+    "Cause",
+    "CauseSummary",
+    "DriftReport",
+    "Finding",
+    "LayerDrift",
+    "Level",
+    "Moment",
+]
 
 Level = Literal["error", "warning"]
 
@@ -74,7 +87,9 @@ class Cause:
     where: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.kind} ({self.detail})" if self.detail else self.kind
+        where = self.where if self.where and self.where not in self.detail else ""
+        told = ", ".join(part for part in (self.detail, where) if part)
+        return f"{self.kind} ({told})" if told else self.kind
 
 
 @dataclass(frozen=True)
@@ -124,7 +139,37 @@ class Finding:
 
     def __str__(self) -> str:
         at = "" if self.step is None else f" at step {self.step}"
-        return f"{self.code} {self.name}{at}: {self.message}"
+        why = "" if self.cause is None else f"cause: {self.cause}"
+        told = self.message if why in self.message else f"{self.message}; {why}"
+        return f"{self.code} {self.name}{at}: {told}"
+
+
+@dataclass(frozen=True)
+class CauseSummary:
+    """What a report holds of one kind of cause.
+
+    Args:
+        kind: one of :data:`CAUSES`.
+        findings: how many findings it has.
+        layers: how many layers they are of.
+        tensors: how many tensors, where they are not of a layer as a whole.
+        step: the first step at which one was seen, ``None`` where that is not known.
+        places: the lines of the user's code that did it, as far as known.
+        example: the first of the findings.
+    """
+
+    kind: str
+    findings: int
+    layers: int
+    tensors: int
+    step: int | None
+    places: tuple[str, ...]
+    example: Finding
+
+    @property
+    def fix(self) -> str:
+        """What to do about it."""
+        return CAUSES[self.kind]
 
 
 @dataclass(frozen=True)
@@ -190,13 +235,89 @@ class DriftReport:
         """Whether nothing is wrong; warnings do not count."""
         return not any(finding.level == "error" for finding in self.findings)
 
+    @property
+    def by_cause(self) -> dict[str, CauseSummary]:
+        """The causes that are known of the findings, by kind; the one that was seen first comes first."""
+        kinds: dict[str, list[Finding]] = {}
+        for finding in self.findings:
+            if finding.cause is not None:
+                kinds.setdefault(finding.cause.kind, []).append(finding)
+        made = [_summary(kind, found) for kind, found in kinds.items()]
+        made.sort(key=lambda cause: (cause.step is None, cause.step or 0))
+        return {cause.kind: cause for cause in made}
+
     def to_json(self) -> str:
-        """Return the report as JSON (``schema_version`` 1)."""
+        """Return the report as JSON; :mod:`freezekit.report.json` says what is in it."""
         from freezekit.report.json import render
 
         return render(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> DriftReport:
+        """Make a report from JSON text.
+
+        Args:
+            text: what :meth:`to_json` returned.
+
+        Raises:
+            CheckpointError: it is no report, damaged, hostile, or made by a newer freezekit.
+
+        >>> report = DriftReport("a.pth", None, "", 0, (), (), ())
+        >>> DriftReport.from_json(report.to_json()) == report
+        True
+        """
+        from freezekit.audit.saved import parse
+
+        return parse(text)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as a JSON file, whole or not at all; ``freezekit audit FILE`` shows it.
+
+        Args:
+            path: the file; one that is there already is replaced.
+
+        Raises:
+            FreezekitError: it cannot be written.
+
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "drift.json")
+        >>> DriftReport("a.pth", None, "", 0, (), (), ()).save(path)
+        >>> DriftReport.load(path).source
+        'a.pth'
+        """
+        from freezekit.jsonfile import write
+
+        write(path, self.to_json(), "report")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> DriftReport:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+
+        Raises:
+            CheckpointError: it is missing, damaged or hostile, or no report.
+        """
+        from freezekit.audit.saved import load
+
+        return load(path)
 
     def __str__(self) -> str:
         from freezekit.report.text import render
 
         return render(self)
+
+
+_OF_TENSORS = ("FK103", "FK104", "FK105", "FK106")
+
+
+def _summary(kind: str, found: list[Finding]) -> CauseSummary:
+    """Count the findings that have a cause of this kind."""
+    tensors = {finding.name for finding in found if finding.code in _OF_TENSORS}
+    layers = {finding.name for finding in found if finding.code not in _OF_TENSORS}
+    places = dict.fromkeys(f.cause.where for f in found if f.cause is not None and f.cause.where)
+    steps = [finding.step for finding in found if finding.step is not None]
+    first = min(steps, default=None)
+    example = next(finding for finding in found if finding.step == first or first is None)
+    return CauseSummary(kind, len(found), len(layers), len(tensors), first, tuple(places), example)

@@ -10,9 +10,10 @@ from freezekit.audit import drift
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable, sniff
 from freezekit.audit.findings import Finding, LayerDrift
+from freezekit.audit.saved import json_text
 from freezekit.audit.state import Role, StateTable, TensorState
 from freezekit.errors import CheckpointError
-from freezekit.manifest import KEY, MAX_BYTES, Manifest, bare_name
+from freezekit.manifest import KEY, READER, Manifest, bare_name
 
 __all__ = ["Outcome", "compare", "digest_table", "load_manifest", "manifest_of"]
 
@@ -42,18 +43,13 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)
         with file.open() as stream:
-            head = stream.read(64)
-            # a safetensors file's header, which is JSON too, comes after its length
-            if b"\0" not in head and head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{"):
-                if file.size > MAX_BYTES:
-                    got = f"{file.size} bytes, more than {MAX_BYTES}"
-                    raise CheckpointError("too long for a manifest", got=got, remedy="check the path")
-                return Manifest.from_json(_decoded(head + stream.read(file.size)))
-            stream.seek(0)
+            text = json_text(file, stream, READER)
+            if text is not None:
+                return Manifest.from_json(text)
             if sniff(file, stream) == "unknown":
                 raise CheckpointError(
                     "neither a manifest nor a checkpoint, which could hold one",
-                    got=f"a file that starts with {head[:8]!r}",
+                    got=f"a file that starts with {stream.read(8)!r}",
                     remedy="give what handle.manifest().save(path) wrote",
                 )
     manifest = manifest_of(read_checkpoint(source))
@@ -166,14 +162,6 @@ def _blind(tensor: TensorState) -> bool:
 
 def _no_values() -> bytes:
     raise CheckpointError("a manifest has no values", remedy="compare digests")
-
-
-def _decoded(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        what = "not a manifest, or a damaged one: it is not UTF-8 text"
-        raise CheckpointError(what, got=f"byte {error.start}", remedy="copy the file again") from error
 
 
 def _count(names: list[str]) -> str:

@@ -80,13 +80,15 @@ def test_json_says_everything() -> None:
     assert text.isascii()
     assert json.loads(text) == {
         "schema_version": 1, "clean": True, "source": "new.pth", "against": "base.pth",
-        "scope": "as given", "compared": 9, "changed": ["x"],
+        "scope": "as given", "compared": 9, "changed": ["x"], "causes": [],
         "layers": [{
             "name": "ä", "kind": "BatchNorm", "channels": 4, "num_batches_tracked": 9, "batches": 3,
             "mean_shift_sigma": 0.5, "var_ratio": 1.5, "changed": True, "step": 7,
+            "timeline": {"step": [], "mean_shift_sigma": [], "var_ratio": [], "num_batches_tracked": []},
         }],
         "findings": [{
             "code": "FK404", "name": "ä", "message": "differs", "fix": "none", "step": 7, "level": "warning",
+            "cause": None,
         }],
         "notes": ["a note"],
     }  # fmt: skip
