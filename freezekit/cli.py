@@ -94,7 +94,8 @@ def audit(
 
     Lists the batch-norm layers of CKPT and judges their statistics; with --against, says which frozen
     layers have drifted since BASE and by how much; with --manifest, whether all that was frozen is as it was
-    then. Needs no torch, and executes nothing in the file.
+    then. Shows a saved report (auditor.report().save(path)) as well, and one inside CKPT. Needs no torch,
+    and executes nothing in the file.
 
     \b
     Examples:
@@ -102,6 +103,7 @@ def audit(
       freezekit audit finetuned.pth --against pretrained.pth
       freezekit audit finetuned.pth --against pretrained.pth --frozen 'features.*'
       freezekit audit finetuned.pth --manifest frozen.json
+      freezekit audit drift.json
     """  # noqa: D301  # click keeps lines as they are after a real backspace
     from freezekit.audit.files import audit_checkpoint
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from freezekit.audit import drift
+from freezekit.audit import drift, saved
 from freezekit.audit import manifest as manifests
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import printable
@@ -36,10 +36,14 @@ def audit_checkpoint(
     ``requires_grad=False`` leaves behind.
 
     By a manifest, which knows what was frozen and the digest of each of its tensors, it is compared without
-    that file. A checkpoint that holds its manifest is compared by it where nothing else is given.
+    that file. A checkpoint that holds its manifest is compared by it where nothing else is given; what the
+    report of a live audit inside it says (text under ``"freezekit_report"``) is added then.
+
+    A report that :meth:`DriftReport.save` wrote is read back.
 
     Args:
-        path: a ``.pt``/``.pth`` file (zip or legacy) or ``.safetensors``, told by its content.
+        path: a ``.pt``/``.pth`` file (zip or legacy), ``.safetensors``, or a saved report, as its content
+            tells.
         against: the file to compare with.
         frozen: names or globs of the frozen layers and tensors; needs ``against``.
         manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
@@ -52,7 +56,7 @@ def audit_checkpoint(
         CheckpointError: a file is missing, damaged, unsupported or hostile.
         SelectionError: a pattern matches nothing.
         FreezekitError: the two files have no tensor in common, or ``frozen`` came without ``against``
-            or beside ``manifest``.
+            or beside ``manifest``, or anything beside a saved report.
 
     >>> import numpy, os, tempfile
     >>> header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
@@ -62,6 +66,9 @@ def audit_checkpoint(
     >>> audit_checkpoint(path, against=path).clean
     True
     """
+    given = {"against": against, "frozen": frozen, "manifest": manifest}
+    if (report := saved.report_in(path)) is not None:
+        return _as_saved(report, [name for name, value in given.items() if value is not None])
     if frozen is not None and manifest is not None:
         raise FreezekitError(
             "a manifest says by itself what was frozen",
@@ -77,6 +84,8 @@ def audit_checkpoint(
             remedy="give the checkpoint that training started from as well (--against BASE)",
         )
     table = read_checkpoint(path)
+    if table.report is not None and (against is not None or manifest is not None):
+        table.notes += ("the report of its training inside it was not used; without options it is",)
     if manifest is not None:
         base = None if against is None else read_checkpoint(against)
         if isinstance(manifest, Manifest):
@@ -84,14 +93,7 @@ def audit_checkpoint(
         label = f"the manifest {printable(os.fsdecode(manifest), 200)}"
         return _by_manifest(table, manifests.load_manifest(manifest), label, base)
     if against is None:
-        own = manifests.manifest_of(table)
-        if own is not None and own.tensors:
-            return _by_manifest(table, own, "the manifest inside it", None)
-        layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
-        notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
-        notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
-        found = tuple(drift.health(table))
-        return DriftReport(table.source, None, "statistics only", 0, (), layers, found, notes)
+        return saved.with_report_inside(_alone(table), table)
     base = read_checkpoint(against)
     holds_manifest = table.manifest is not None
     table, base, prefix, notes = _align(table, base)
@@ -123,6 +125,30 @@ def audit_checkpoint(
         tuple(compared),
         tuple(findings),
         (*notes, *_trained(base, table, names | absent)),
+    )
+
+
+def _as_saved(report: DriftReport, beside: list[str]) -> DriftReport:
+    """Return a report that was saved, beside which nothing can be asked for."""
+    if beside:
+        raise FreezekitError(
+            "a saved report is shown as it is: it has no tensors to compare",
+            where=", ".join(beside),
+            remedy="give the report alone, or the checkpoint in its place",
+        )
+    return report
+
+
+def _alone(table: StateTable) -> DriftReport:
+    """Compare with the manifest inside, or judge the statistics by themselves."""
+    own = manifests.manifest_of(table)
+    if own is not None and own.tensors:
+        return _by_manifest(table, own, "the manifest inside it", None)
+    layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
+    notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
+    notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
+    return DriftReport(
+        table.source, None, "statistics only", 0, (), layers, tuple(drift.health(table)), notes
     )
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CAUSES",
     "CODES",
+    "REPORT_KEY",
     "Cause",
     "CauseSummary",
     "DriftReport",
@@ -19,6 +20,9 @@ __all__ = [
     "Level",
     "Moment",
 ]
+
+REPORT_KEY = "freezekit_report"
+"""Under what a checkpoint holds the text of a report."""
 
 Level = Literal["error", "warning"]
 

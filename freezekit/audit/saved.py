@@ -9,14 +9,12 @@ from typing import Any, BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.findings import CAUSES, CODES, Cause, DriftReport, Finding, LayerDrift, Moment
+from freezekit.audit.state import StateTable
 from freezekit.errors import CheckpointError
 from freezekit.jsonfile import Reader
 from freezekit.report.json import SCHEMA_VERSION, plain_cause
 
-__all__ = ["KEY", "json_text", "load", "parse", "report_in"]
-
-KEY = "freezekit_report"
-"""Under what a checkpoint holds the text of a report."""
+__all__ = ["json_text", "load", "parse", "report_in", "with_report_inside"]
 
 _MARK = "schema_version"
 _READ = Reader(
@@ -95,6 +93,39 @@ def report_in(path: str | os.PathLike[str]) -> DriftReport | None:
         with file.open() as stream:
             text = json_text(file, stream, _READ, f'"{_MARK}"')
         return None if text is None else parse(text)
+
+
+def with_report_inside(own: DriftReport, table: StateTable) -> DriftReport:
+    """Return the audit of a checkpoint with what the report of its training inside it says, if there is one.
+
+    Of what both tell, the report's is kept: it says when and why.
+
+    Args:
+        own: what was found in the checkpoint.
+        table: the checkpoint.
+
+    Raises:
+        CheckpointError: that report is damaged or hostile.
+    """
+    if table.report is None:
+        return own
+    with guarded(f"{printable(table.source, 1000)}, the report inside it"):
+        live = parse(table.report)
+    told = {(finding.code, finding.name) for finding in live.findings}
+    layers = {layer.name: layer for layer in own.layers}
+    layers |= {layer.name: layer for layer in live.layers if layer.changed or layer.name not in layers}
+    changed = tuple(dict.fromkeys([*own.changed, *live.changed]))
+    inside = f"the report inside it ({live.source})"
+    return DriftReport(
+        source=own.source,
+        against=inside if own.against is None else f"{own.against} and {inside}",
+        scope=live.scope if own.against is None else own.scope,
+        compared=max(own.compared, live.compared),
+        changed=changed,
+        layers=tuple(layers.values()),
+        findings=(*live.findings, *(f for f in own.findings if (f.code, f.name) not in told)),
+        notes=(*own.notes, *live.notes),
+    )
 
 
 def json_text(file: SourceFile, stream: BinaryIO, reader: Reader, mark: str = "") -> str | None:

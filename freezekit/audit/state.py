@@ -103,6 +103,7 @@ class StateTable(Mapping[str, TensorState]):
         source: where they come from, for messages: a path or ``"model"``.
         notes: what a reader has to say about the source, one line each.
         manifest: text of the manifest that the source holds, or ``None``.
+        report: text of the report of a live audit that it holds, or ``None``.
 
     >>> table = StateTable([TensorState("w", "parameter", "float32", (2,), lambda: bytes(8))], source="model")
     >>> table["w"].values()
@@ -115,6 +116,7 @@ class StateTable(Mapping[str, TensorState]):
         source: str,
         notes: tuple[str, ...] = (),
         manifest: str | None = None,
+        report: str | None = None,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         if len(self._tensors) != len(tensors):
@@ -122,6 +124,7 @@ class StateTable(Mapping[str, TensorState]):
         self.source = source
         self.notes = notes
         self.manifest = manifest
+        self.report = report
 
     def __getitem__(self, name: str) -> TensorState:
         return self._tensors[name]

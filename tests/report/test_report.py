@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from freezekit.audit.findings import DriftReport, Finding, LayerDrift
+from freezekit.audit.findings import CAUSES, Cause, DriftReport, Finding, LayerDrift, Moment
+from freezekit.report.text import render
 
 EVIL = "a\x1b[31m\u202eb\nc"
 
@@ -97,3 +98,214 @@ def test_json_says_everything() -> None:
 def test_json_is_strict() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         report([LayerDrift("a", "BatchNorm", 4, 9, 3, float("nan"), 1.0)], []).to_json()
+
+
+# --- live audits -----------------------------------------------------------------------------------------
+
+TRAIN = Cause("train-mode forward", "in train mode since train.py:31 in fit", "train.py:31 in fit")
+DECAY = Cause("weight decay", "AdamW, group 0, weight_decay=0.01", "train.py:9 in make")
+
+
+def drifted(name: str, speed: float) -> LayerDrift:
+    steps = range(1, 102, 10)
+    moments = tuple(Moment(step, speed * step, 1 + speed * step / 10, 50 + step) for step in steps)
+    return LayerDrift(name, "BatchNorm2d", 64, 151, 101, speed * 101, 1 + speed * 10.1, True, 1, moments)
+
+
+def live(
+    layers: list[LayerDrift], findings: list[Finding], changed: tuple[str, ...] = ("a.running_mean",)
+) -> DriftReport:
+    where = ("Net after 101 steps", "its state when the auditor was made", "what does not require a gradient")
+    return DriftReport(*where, 9, changed, tuple(layers), tuple(findings))
+
+
+def moved_by(name: str, cause: Cause, code: str = "FK101", step: int = 1) -> Finding:
+    return Finding(code, name, "moved", CAUSES[cause.kind], step, cause)
+
+
+def test_a_live_audit_tells_causes_and_the_course() -> None:
+    layers = [
+        drifted(name, speed) for name, speed in (("a", 0.003), ("b", 0.001), ("c", 0.002), ("d", 0.004))
+    ]
+    findings = [moved_by(layer.name, TRAIN) for layer in layers]
+    findings += [moved_by(f"{name}.weight", DECAY, "FK103", step) for name, step in (("e", 7), ("f", 3))]
+    report = live(layers, findings)
+    assert str(report).splitlines() == [
+        "DRIFT: 1 of 9 frozen tensors changed, 4 of 4 layers with running statistics",
+        "Net after 101 steps against its state when the auditor was made",
+        "frozen: what does not require a gradient (9 tensors)",
+        "",
+        "causes",
+        "  train-mode forward: 4 layers since step 1",
+        "    a: in train mode since train.py:31 in fit",
+        "    fix: requires_grad=False does not stop running statistics; freezekit.freeze_backbone(model)",
+        "    keeps the layer in eval mode whatever model.train() does",
+        "  weight decay: 2 tensors since step 3",
+        "    f.weight: AdamW, group 0, weight_decay=0.01",
+        "    at train.py:9 in make",
+        "    fix: freezekit.freeze_backbone(model, optimizer=optimizer) takes what is frozen out of the",
+        "    optimizer; or make it from freezekit.trainable_parameters(model)",
+        "",
+        "layer                                     mean shift          since",
+        "(BatchNorm2d)  channels  batches tracked     (sigma)  spread   step",
+        "───────────────────────────────────────────────────────────────────",
+        "a                    64       151 (+101)       0.303   x1.03      1",
+        "b                    64       151 (+101)       0.101   x1.01      1",
+        "c                    64       151 (+101)       0.202   x1.02      1",
+        "d                    64       151 (+101)       0.404   x1.04      1",
+        "",
+        "moved furthest  at step         1     21     41     61     81    101",
+        "────────────────────────────────────────────────────────────────────",
+        "a               mean shift  0.003  0.063  0.123  0.183  0.243  0.303",
+        "                spread         x1  x1.01  x1.01  x1.02  x1.02  x1.03",
+        "                batches        +1    +21    +41    +61    +81   +101",
+        "c               mean shift  0.002  0.042  0.082  0.122  0.162  0.202",
+        "                spread         x1     x1  x1.01  x1.01  x1.02  x1.02",
+        "                batches        +1    +21    +41    +61    +81   +101",
+        "d               mean shift  0.004  0.084  0.164  0.244  0.324  0.404",
+        "                spread         x1  x1.01  x1.02  x1.02  x1.03  x1.04",
+        "                batches        +1    +21    +41    +61    +81   +101",
+        "",
+        "FK101 running statistics moved (4)",
+        "  a at step 1: moved; cause: train-mode forward",
+        "  and 3 more",
+        "",
+        "FK103 a frozen parameter changed (2)",
+        "  e.weight at step 7: moved; cause: weight decay",
+        "  f.weight at step 3: moved; cause: weight decay",
+    ]
+    assert all(len(line) <= 80 for line in render(report, width=80).splitlines()[3:])
+
+
+def test_a_resnet_50_is_a_page() -> None:
+    names = [
+        f"layer{stage}.{block}.downsample.{n}"
+        for stage in range(1, 5)
+        for block in range(4)
+        for n in range(3)
+    ]
+    report = live([drifted(name, 0.001) for name in names], [moved_by(name, TRAIN) for name in names])
+    for width in (80, 100):
+        lines = render(report, width=width).splitlines()
+        assert len(lines) < len(names) + 35
+        assert all(len(line) <= width for line in lines)
+        # each layer on a line of its own
+        assert sum(line.startswith("layer") and line.endswith("1") for line in lines) == len(names)
+
+
+def test_a_fix_that_is_no_cause_s_is_told_under_its_code() -> None:
+    unfreeze = Finding("FK103", "w", "changed", "make a new DriftAuditor", 2, DECAY)
+    lines = [line.strip() for line in str(live([], [unfreeze, moved_by("v", DECAY, "FK103")])).splitlines()]
+    assert lines.count("fix: make a new DriftAuditor") == 1
+    assert sum(line.startswith("fix: ") for line in lines) == 2
+
+
+def test_layers_that_did_not_move_or_only_once_have_no_course() -> None:
+    once = LayerDrift("a", "BatchNorm", 4, 9, 1, 0.1, 1.0, True, 1, (Moment(1, 0.1, 1.0, 9),))
+    assert "at step  " not in str(live([once], [moved_by("a", TRAIN)]))
+    alone = str(live([drifted("a", 0.1)], [moved_by("a", TRAIN)])).splitlines()
+    assert any(line.startswith("timeline  at step") for line in alone)
+
+
+def test_a_layer_without_a_counter_that_moved_later() -> None:
+    moments = tuple(Moment(step, None, 0.5, None) for step in (40, 80))
+    late = LayerDrift("a", "Custom", 4, None, None, None, 0.5, True, 40, moments)
+    lines = str(live([late, drifted("b", 0.001)], [moved_by("a", TRAIN)])).splitlines()
+    row = next(k for k, line in enumerate(lines) if line.startswith("a ") and "mean shift" in line)
+    assert lines[row].split() == ["a", "mean", "shift", *"------"]
+    assert lines[row + 1].split() == ["spread", "-", "-", "x0.5", "x0.5", "x0.5", "x0.5"]
+    assert lines[row + 2].startswith("b ")
+
+
+@pytest.mark.parametrize(
+    ("codes", "says"),
+    [
+        (["FK106"], "CLEAN: none of 9 frozen tensors changed (1 layer with running statistics), 1 warning"),
+        (
+            ["FK202"] * 2,
+            "CLEAN: none of 9 frozen tensors changed (1 layer with running statistics), 2 warnings",
+        ),
+        (["FK203"], "BAD: 1 finding in 1 layer with running statistics; none of 9 frozen tensors changed"),
+        (
+            ["FK106", "FK201", "FK203"],
+            "BAD: 2 findings and 1 warning in 1 layer with running statistics; none of 9 "
+            "frozen tensors changed",
+        ),
+        (
+            ["FK103", "FK106"],
+            "DRIFT: 1 of 9 frozen tensors changed, 0 of 1 layer with running statistics, 1 warning",
+        ),
+    ],
+)
+def test_verdicts_with_warnings(codes: list[str], says: str) -> None:
+    findings = [Finding(code, f"t{n}", "seen", "fix it", 1) for n, code in enumerate(codes)]
+    changed = tuple(finding.name for finding in findings if finding.code.startswith("FK1"))
+    assert str(live([still("a")], findings, changed)).splitlines()[0] == says
+
+
+def test_verdicts_of_files_with_warnings() -> None:
+    odd = Finding("FK404", "a", "differs", "none")
+    alone = DriftReport("a.pth", None, "", 0, (), (still("a"),), (odd,))
+    assert str(alone).startswith("OK: 1 layer with running statistics, 1 warning\n")
+    bad = DriftReport(
+        "a.pth", None, "", 0, (), (still("a"),), (odd, Finding("FK402", "a", "negative", "fix"))
+    )
+    assert str(bad).startswith("BAD: 1 finding and 1 warning in 1 layer with running statistics\n")
+
+
+def test_a_finding_tells_its_cause_once() -> None:
+    finding = moved_by("a", DECAY)
+    assert str(finding) == (
+        "FK101 a at step 1: moved; "
+        "cause: weight decay (AdamW, group 0, weight_decay=0.01, train.py:9 in make)"
+    )
+    told = Finding("FK101", "a", f"moved; cause: {TRAIN}", "", 1, TRAIN)
+    assert (
+        str(told)
+        == "FK101 a at step 1: moved; cause: train-mode forward (in train mode since train.py:31 in fit)"
+    )
+    assert str(Finding("FK101", "a", "moved", "")) == "FK101 a: moved"
+
+
+def test_by_cause_counts_layers_tensors_steps_and_places() -> None:
+    other = Cause("weight decay", "SGD, group 1", "train.py:12 in make")
+    findings = [
+        Finding("FK101", "bn", "moved", "", 4, TRAIN),
+        Finding("FK103", "w", "changed", "", 9, DECAY),
+        Finding("FK103", "v", "changed", "", 2, other),
+        Finding("FK203", "", "differs", "", 9, DECAY),
+        Finding("FK401", "bn", "NaN", ""),
+        Finding("FK105", "u", "gone", "", None, Cause("unknown")),
+    ]
+    report = live([], findings)
+    assert list(report.by_cause) == ["weight decay", "train-mode forward", "unknown"]
+    decay = report.by_cause["weight decay"]
+    assert (decay.findings, decay.layers, decay.tensors, decay.step) == (3, 1, 2, 2)
+    assert decay.places == ("train.py:9 in make", "train.py:12 in make")
+    assert decay.example is findings[2]
+    assert decay.fix == CAUSES["weight decay"]
+    assert report.by_cause["unknown"].step is None
+    assert live([], findings[4:5]).by_cause == {}
+    lines = [line.strip() for line in str(report).splitlines()]
+    assert "weight decay: 1 layer and 2 tensors since step 2" in lines
+    assert "at train.py:9 in make, train.py:12 in make" in lines
+    assert "unknown: 1 tensor" in lines
+
+
+def test_json_says_causes_and_the_course() -> None:
+    content = json.loads(live([drifted("a", 0.1)], [moved_by("a", TRAIN)]).to_json())
+    assert content["causes"] == [{
+        "kind": "train-mode forward", "findings": 1, "layers": 1, "tensors": 0, "step": 1,
+        "places": ["train.py:31 in fit"],
+        "example": {"name": "a", "detail": TRAIN.detail, "where": TRAIN.where},
+        "fix": CAUSES["train-mode forward"],
+    }]  # fmt: skip
+    assert content["findings"][0]["cause"] == {
+        "kind": TRAIN.kind,
+        "detail": TRAIN.detail,
+        "where": TRAIN.where,
+    }
+    course = content["layers"][0]["timeline"]
+    assert course["step"] == list(range(1, 102, 10))
+    assert course["num_batches_tracked"] == [50 + step for step in course["step"]]
+    assert course["mean_shift_sigma"][-1] == pytest.approx(10.1)

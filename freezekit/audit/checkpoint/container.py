@@ -237,6 +237,9 @@ def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
 def _json_page(text: bytes) -> CheckpointError | None:
     if b'"weight_map"' in text:
         return CheckpointError("an index of shards, not the tensors", remedy="give one shard at a time")
+    if b'"schema_version"' in text and b'"clean"' in text:
+        what = "a saved report, not a checkpoint"
+        return CheckpointError(what, remedy="give a checkpoint here; freezekit audit FILE shows the report")
     # neither bracket is a pickle's opcode, so text that starts with one is no pickle either
     if not text[:64].decode("latin-1").replace("\n", " ").replace("\r", " ").replace("\t", " ").isprintable():
         return None

@@ -9,14 +9,16 @@ from typing import Any
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, children, describe
 from freezekit.audit.checkpoint.rebuild import holds_tensor
+from freezekit.audit.findings import REPORT_KEY
 from freezekit.audit.state import Role, role_of
 from freezekit.errors import CheckpointError
 from freezekit.manifest import KEY
 
-__all__ = ["MAX_KEYS", "State", "find_manifest", "find_state", "model_names", "too_many_keys"]
+__all__ = ["MAX_KEYS", "State", "find_state", "find_texts", "model_names", "too_many_keys"]
 
 MAX_KEYS = 1_000_000
 #: characters; what looks at all that is above a name costs the square of its length
+_TEXTS = {KEY: "handle.manifest()", REPORT_KEY: "auditor.report()"}
 _MAX_KEY_LENGTH = 1_000
 
 #: where training code puts a model's state, in order of preference
@@ -79,13 +81,20 @@ def find_state(root: object) -> State:
     return state
 
 
-def find_manifest(root: object) -> tuple[str | None, list[str]]:
-    """Return the text of the manifest beside the state dict, or a note on something else in its place."""
+def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
+    """Return the texts of the manifest and of the report beside the state dict, and notes.
+
+    A note tells of something else in the place of either.
+    """
     mapping = _as_mapping(root) or {}
-    text = mapping.get(KEY)
-    if text is None or isinstance(text, str):
-        return text, []
-    return None, [f"its '{KEY}' is not text, and was not used: save handle.manifest().to_json() there"]
+    found = {key: mapping.get(key) for key in _TEXTS}
+    notes = [
+        f"its '{key}' is not text, and was not used: save {_TEXTS[key]}.to_json() there"
+        for key, value in found.items()
+        if value is not None and not isinstance(value, str)
+    ]
+    manifest, report = (value if isinstance(value, str) else None for value in found.values())
+    return manifest, report, notes
 
 
 def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -205,7 +214,7 @@ def _mapping_state(mapping: dict[Any, Any], path: str) -> State:
         if isinstance(key, str):
             if tensor is not None:
                 state.tensors[key] = tensor
-            elif key != KEY or path:  # at the top it is read, by itself
+            elif key not in _TEXTS or path:  # at the top it is read, by itself
                 state.skipped.append(key)
         elif tensor is None:
             state.skipped.append(f"<{type(key).__name__}>")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
-from freezekit.audit.checkpoint.roots import MAX_KEYS, find_manifest, model_names, too_many_keys
+from freezekit.audit.checkpoint.roots import MAX_KEYS, find_texts, model_names, too_many_keys
 from freezekit.audit.checkpoint.tensors import MAX_NUMEL, MAX_RANK, check_shape, unreadable
 from freezekit.audit.state import DTYPE_SIZES, StateTable, TensorState, role_of
 from freezekit.errors import CheckpointError
@@ -69,9 +69,9 @@ def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
     names, notes = model_names(header)
     entries = {name: _Entry.of(name, entry) for name, entry in zip(names, header.values(), strict=True)}
     _check_places(entries, file.size - start)
-    manifest, said = find_manifest(metadata)
+    manifest, report, said = find_texts(metadata)
     tensors = [entry.tensor(name, file, start) for name, entry in entries.items()]
-    return StateTable(tensors, file.source, (*notes, *said), manifest)
+    return StateTable(tensors, file.source, (*notes, *said), manifest, report)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
-from freezekit.audit.checkpoint.roots import find_manifest, find_state, model_names
+from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
 from freezekit.audit.state import StateTable
 
@@ -41,5 +41,5 @@ def make_table(
         shown = ", ".join(printable(name) for name in pickled.foreign[:5])
         more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
         notes.append(f"the pickle names code outside torch: {shown}{more}; nothing of it was imported or run")
-    manifest, said = find_manifest(pickled.root)
-    return StateTable(tensors, file.source, (*state.notes(), *notes, *said, *late_notes()), manifest)
+    manifest, report, said = find_texts(pickled.root)
+    return StateTable(tensors, file.source, (*state.notes(), *notes, *said, *late_notes()), manifest, report)
