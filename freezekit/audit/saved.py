@@ -20,7 +20,7 @@ _MARK = "schema_version"
 _READ = Reader(
     "report",
     "save the report again from the run, or copy the file again",
-    max_bytes=64 * 2**20,
+    max_bytes=32 * 2**20,
     max_text=100_000,
     max_digits=400,  # a damaged file's counter may be as large as a float
     fractions=True,

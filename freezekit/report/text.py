@@ -18,6 +18,9 @@ from freezekit.audit.findings import CODES, CauseSummary, DriftReport, Finding, 
 
 __all__ = ["layout", "render"]
 
+_MOST_ROWS = 500
+"""How many layers are listed: more than a real model has, since a file may hold a million."""
+
 
 def render(report: DriftReport, *, width: int = 100, terminal: bool = False) -> str:
     """Return the report as text.
@@ -63,7 +66,9 @@ def layout(report: DriftReport) -> Group:
         parts += [Text(), Text("causes"), *(line for cause in causes.values() for line in _cause(cause))]
     shown = [layer for layer in report.layers if layer.changed or not report.against]
     if shown:
-        parts += [Text(), _table(shown)]
+        parts += [Text(), _table(shown[:_MOST_ROWS])]
+    if len(shown) > _MOST_ROWS:
+        parts.append(Text(f"and {len(shown) - _MOST_ROWS} more: the JSON lists them", style="dim"))
     still = len(report.layers) - len(shown)
     if shown and still:
         parts.append(Text(f"{_count(still, 'other layer')} did not move", style="dim"))

@@ -175,7 +175,7 @@ REFUSED = [
     (LIVE.to_json().replace('"against"', '"source"'), "no key is in it twice"),
     ("[" * 100_000, "not JSON|it is an object"),
     ('{"schema_version": ' * 50_000, "not JSON"),
-    (" " * (64 * 2**20 + 1), "too long for a report"),
+    (" " * (32 * 2**20 + 1), "too long for a report"),
 ]  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def test_load_says_what_is_wrong(tmp_path: Path) -> None:
     path.write_bytes(LIVE.to_json().encode() + b"\xff")
     with pytest.raises(CheckpointError, match="drift.json: not a report, or a damaged one: it is not UTF-8"):
         DriftReport.load(path)
-    path.write_text(LIVE.to_json() + " " * 2**26)
+    path.write_text(LIVE.to_json() + " " * 2**25)
     with pytest.raises(CheckpointError, match="drift.json: too long for a report"):
         DriftReport.load(path)
     path.write_text(LIVE.to_json(), encoding="utf-8-sig")

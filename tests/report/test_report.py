@@ -190,7 +190,13 @@ def test_a_resnet_50_is_a_page() -> None:
         assert len(lines) < len(names) + 35
         assert all(len(line) <= width for line in lines)
         # each layer on a line of its own
-        assert sum(line.startswith("layer") and line.endswith("1") for line in lines) == len(names)
+        assert [line.split()[0] for line in lines if "(+101)" in line] == names
+
+
+def test_a_hostile_number_of_layers_is_cut() -> None:
+    lines = str(report([moved(f"n{k}") for k in range(503)], [])).splitlines()
+    assert sum("(+3)" in line for line in lines) == 500
+    assert "and 3 more: the JSON lists them" in lines
 
 
 def test_a_fix_that_is_no_cause_s_is_told_under_its_code() -> None:
