@@ -71,9 +71,8 @@ class Timeline:
         moments = self._moments[layer]
         last = moments[-1]
         del moments[1::2]
-        # as far apart as the checks come, which may be further than twice as far
-        nearest = min(later.step - earlier.step for earlier, later in pairwise(moments))
-        self._strides[layer] = max(2 * self._strides[layer], nearest)
+        # at least twice what it was; more where checks come less often than that
+        self._strides[layer] = min(later.step - earlier.step for earlier, later in pairwise(moments))
         if moments[-1] is not last:
             moments.append(last)
 
