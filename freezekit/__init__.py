@@ -21,6 +21,7 @@ _HOME = {
     "Selection": "freezekit.freezing.selection",
     "UnfreezeSchedule": "freezekit.freezing.schedule",
     "audit_checkpoint": "freezekit.audit.files",
+    "check": "freezekit.audit.live.risks",
     "convert_batchnorm": "freezekit.freezing.convert",
     "find_backbone": "freezekit.freezing.discovery",
     "freeze": "freezekit.freezing.freeze",
@@ -57,6 +58,7 @@ __all__ = [
     "SelectionError",
     "UnfreezeSchedule",
     "audit_checkpoint",
+    "check",
     "convert_batchnorm",
     "find_backbone",
     "freeze",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.live.monitor import DriftAuditor
+    from freezekit.audit.live.risks import check
     from freezekit.errors import (
         CheckpointError,
         DriftError,

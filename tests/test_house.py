@@ -37,8 +37,8 @@ def test_public_names() -> None:
     assert freezekit.__all__ == [
         "AveragedModel", "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning",
         "Finding", "Freeze", "FreezekitError", "Manifest", "OptimizerWarning", "Selection", "SelectionError",
-        "UnfreezeSchedule", "audit_checkpoint", "convert_batchnorm", "find_backbone", "freeze",
-        "freeze_backbone", "freeze_to", "is_frozen", "layer_groups", "nn", "parameter_groups",
+        "UnfreezeSchedule", "audit_checkpoint", "check", "convert_batchnorm", "find_backbone",
+        "freeze", "freeze_backbone", "freeze_to", "is_frozen", "layer_groups", "nn", "parameter_groups",
         "trainable_parameters", "unfreeze", "update_bn",
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
