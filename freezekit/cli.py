@@ -137,6 +137,28 @@ def plan(model: str) -> None:
 
 
 @main.command()
+@click.argument("codes", metavar="[CODE]...", nargs=-1)
+def explain(codes: tuple[str, ...]) -> None:
+    """Explain the codes of findings.
+
+    What each means, how people get there, what to do, and where it is written. Without CODE, all of
+    them with a line each.
+
+    \b
+    Examples:
+      freezekit explain
+      freezekit explain FK301 FK305
+    """  # noqa: D301  # as above
+    import shutil
+
+    from freezekit.audit.codes import known_codes
+    from freezekit.report.explain import render, render_list
+
+    width = min(max(shutil.get_terminal_size((80, 24)).columns, 40), 100)
+    _emit(render(known_codes(codes), width=width) if codes else render_list(width=width))
+
+
+@main.command()
 @click.option("--keep", metavar="DIR", help="Keep the three checkpoints in this folder.")
 def demo(keep: str | None) -> None:
     """Show the trap and the cure on real digits.

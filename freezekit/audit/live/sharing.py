@@ -134,5 +134,5 @@ def _broadcast(region: Region, tensors: dict[str, Tensor]) -> Iterator[Finding]:
                 f"each forward overwrites {plural(len(sent), 'frozen buffer')} with those of rank 0 "
                 f"({sent[0]}{', ...' if len(sent) > 1 else ''}): they move where a rank has others"
             )
-            fix = "DistributedDataParallel(..., broadcast_buffers=False)"
-            yield Finding("FK317", f"{name}.module" if name else "module", message, fix)
+            where = f"model.get_submodule({name!r})" if name else "model"
+            yield Finding("FK317", name or "module", message, f"{where}.broadcast_buffers = False")
