@@ -48,8 +48,11 @@ def known_codes(given: Iterable[str]) -> list[str]:
     for code in given:
         name = code.strip().upper()
         if name not in CODES:
-            close = difflib.get_close_matches(name, CODES, n=2, cutoff=0.6)
-            remedy = f"did you mean {' or '.join(close)}?" if close else "freezekit explain lists all of them"
+            close = sorted(difflib.get_close_matches(name, CODES, n=len(CODES), cutoff=0.6))
+            close.sort(key=lambda known: sum(map(str.__ne__, known, name)))  # a digit in its place counts
+            remedy = (
+                f"did you mean {' or '.join(close[:2])}?" if close else "freezekit explain lists them all"
+            )
             raise FreezekitError("no such code", where="CODE", got=repr(code)[:40], remedy=remedy)
         found.append(name)
     return found
