@@ -237,11 +237,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         ),
     ),
     "FK309": Explanation(
-        "A frozen layer has buffers with the names that codebooks use for their moving averages. In train "
-        "mode such a codebook follows its inputs, without any gradient.",
+        "A frozen layer has buffers with the names that codebooks use for their moving averages: in train "
+        "mode such a codebook follows its inputs, without any gradient. Or it is an InstanceNorm with "
+        "running statistics, under a torch that writes them back in eval mode, off by rounding.",
         "requires_grad=False on a model with vector quantisation. The names are all there is to go by, so "
-        "this may be wrong: a warning.",
-        f"{_FREEZE} keeps the layer in eval mode.",
+        "this may be wrong. InstanceNorm is tried on a copy: torch 2.6 does it, whenever the batch is no "
+        "power of two.",
+        f"{_FREEZE} keeps a codebook in eval mode. For InstanceNorm a newer torch, or a layer of "
+        "freezekit.nn in its place.",
         (
             "https://github.com/lucidrains/vector-quantize-pytorch/issues/167",
             "https://github.com/lucidrains/vector-quantize-pytorch/issues/42",

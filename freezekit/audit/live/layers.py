@@ -130,18 +130,46 @@ def _norm(part: _Part, name: str, module: nn.Module) -> Iterator[Finding]:
 
 def _statistics(part: _Part, name: str, module: nn.Module) -> Iterator[Finding]:
     """Yield what becomes of running statistics that count as frozen."""
-    if getattr(module, "track_running_stats", True):
-        yield from part.by_mode("FK301", name, module, "the next forward moves its running statistics")
-    elif isinstance(module, _InstanceNorm):
-        if not keeps_itself(module) and not part.is_live(module):
+    kind, call = type(module).__name__, part.call(name, module)
+    if isinstance(module, _InstanceNorm) and not part.is_live(module) and _writes_in_eval_mode(module):
+        if module.track_running_stats:
             message = (
-                f"{type(module).__name__} with statistics and track_running_stats=False writes to them in "
-                "eval mode"
+                f"{kind}: torch {torch.__version__} writes its statistics back in eval mode too, off by the "
+                "rounding of a mean over the batch"
             )
-            yield Finding("FK308", name, message, _tracking(name, part.call(name, module)))
-    else:
+            fix = "a newer torch, or a layer of freezekit.nn in its place before freezing"
+            yield Finding("FK309", name, message, fix)
+        else:
+            message = f"{kind} with statistics and track_running_stats=False writes to them in eval mode"
+            yield Finding("FK308", name, message, _tracking(name, call))
+    elif getattr(module, "track_running_stats", True):
+        yield from part.by_mode("FK301", name, module, "the next forward moves its running statistics")
+    elif not isinstance(module, _InstanceNorm):
         does = "it normalises by the batch, though its running statistics stay as they are"
-        yield from part.by_mode("FK304", name, module, does, _tracking(name, part.call(name, module)))
+        yield from part.by_mode("FK304", name, module, does, _tracking(name, call))
+
+
+def _writes_in_eval_mode(layer: _InstanceNorm) -> bool:
+    """Try it on a copy: older versions of torch put back the mean of what they had repeated for the batch."""
+    own = object.__new__(type(layer))  # without the hooks, which may hold anything
+    own.__dict__.update(vars(layer), training=False)
+    for kind in ("_parameters", "_buffers"):
+        own.__dict__[kind] = {
+            k: None if t is None else t.detach().clone() for k, t in vars(layer)[kind].items()
+        }
+    mean = own.running_mean
+    if mean is None or mean.is_meta:
+        return False
+    try:
+        with torch.no_grad():
+            mean.copy_(torch.arange(1, mean.numel() + 1) / 3)
+            before = mean.clone()
+            inputs = mean.new_ones(7, mean.numel(), *(2,) * (own._get_no_batch_dim() - 1))
+            for _ in range(3):
+                own.forward(inputs)
+            return not torch.equal(mean, before)
+    except Exception:  # a subclass with a forward of its own, or a dtype that this torch cannot do
+        return False
 
 
 def _tracking(name: str, call: str) -> str:

@@ -91,7 +91,11 @@ def _ways(
         how = f"by what it remembers ({', '.join(known)})" if known else "by a decay of its own, say"
         yield "FK316", f"which is not torch's and may move what has no gradient, {how}", out
     if gradient is not None and _moves(gradient):
-        yield "FK303", "with a gradient from before, which the next step applies", _ZERO_GRAD
+        yield (
+            "FK303",
+            "with a gradient from before, which the next step applies if nothing clears it",
+            _ZERO_GRAD,
+        )
     elif isinstance(optimizer, torch.optim.LBFGS):
         if _lbfgs_remembers(optimizer, group["params"], position):
             yield "FK302", "which moves it in the directions it remembers", out

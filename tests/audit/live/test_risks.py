@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-import transformers
 import zoo
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MinMaxObserver
@@ -201,6 +199,14 @@ def keeps_but_was_not_asked() -> Made:
     return model, sgd(model)
 
 
+def rounds_in_eval_mode() -> bool:
+    """Whether this torch moves the statistics of an InstanceNorm in eval mode, as 2.6 does."""
+    layer = zoo.scramble(nn.InstanceNorm1d(64, track_running_stats=True)).eval()
+    before = zoo.snapshot(layer)
+    layer(torch.randn(7, 64, 2))
+    return zoo.snapshot(layer) != before
+
+
 @dataclass
 class Case:
     make: Callable[[], Made]
@@ -259,9 +265,6 @@ CASES = {
     "stochastic depth": Case(
         lambda: naive(nn.Linear(4, 4), StochasticDepth(0.5, "row")), "FK306", "body.1", "random"
     ),
-    "timm": Case(
-        lambda: naive(nn.Linear(4, 4), timm.layers.DropPath(0.5)), "FK306", "body.1", "random"
-    ),
     "rrelu": Case(lambda: naive(nn.Linear(4, 4), nn.RReLU()), "FK306", "body.1", "random"),
     "attention": Case(
         lambda: naive(SelfAttention(4, 2, dropout=0.4)), "FK306", "body.0", "random", "dropout=0.4"
@@ -319,6 +322,8 @@ def paste(finding: Finding, model: nn.Module, optimizer: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_told_happens_until_it_is_fixed(name: str) -> None:
     case = CASES[name]
+    if "instance norm" in name and rounds_in_eval_mode():
+        pytest.skip("no fix under this torch but the next test's")
     torch.manual_seed(0)
     model, optimizer = case.make()
     (finding,) = check(model, optimizer, case.frozen)
@@ -352,6 +357,19 @@ def test_a_layer_without_statistics_depends_on_the_batch_in_eval_mode_too() -> N
     assert check(model, optimizer) == []
     assert not happened(case, model, optimizer)
     assert check(naive(nn.InstanceNorm1d(4, affine=True))[0]) == []  # which normalises each row by itself
+
+
+def test_an_instance_norm_that_this_torch_moves_in_eval_mode_is_told() -> None:
+    torch.manual_seed(0)
+    model, optimizer = in_eval_mode(Volume(instance_norm()))
+    freezekit.freeze(model, "body")
+    moves = happened(CASES["instance norm"], model, optimizer)
+    assert moves == rounds_in_eval_mode()
+    assert [f.code for f in check(model, optimizer)] == ["FK309"] * moves
+    model, optimizer = in_eval_mode(Volume(freezekit.nn.InstanceNorm1d(2, track_running_stats=True)))
+    freezekit.freeze(model, "body")
+    assert check(model, optimizer) == []
+    assert not happened(CASES["instance norm"], model, optimizer)
 
 
 def test_a_train_method_that_keeps_the_body_in_eval_mode_must_be_called() -> None:
@@ -711,34 +729,29 @@ def test_no_alarm_on_what_freezekit_froze(name: str) -> None:
     "name", ["levit_128s", "mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224"]
 )
 def test_no_alarm_on_timms(name: str) -> None:
+    timm = pytest.importorskip("timm")
     assert frozen_by_us(timm.create_model(name, num_classes=10, drop_path_rate=0.1)) == []
+    if name == "convnext_atto":
+        alive = frozen_by_us(timm.create_model(name, drop_path_rate=0.1), hold="norm")
+        assert {(f.code, f.name.rpartition(".")[2]) for f in alive} == {("FK306", "drop_path")}
 
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        transformers.BertConfig(vocab_size=50, **SMALL),
-        transformers.DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_no_alarm_on_transformers(config: Any) -> None:
-    make = transformers.AutoModelForSequenceClassification.from_config
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "vit"])
+def test_no_alarm_on_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    own = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64} if kind == "distilbert" else small
+    task = "Image" if kind == "vit" else "Sequence"
+    make = getattr(transformers, f"AutoModelFor{task}Classification").from_config
+    config = transformers.AutoConfig.for_model(kind, **own)
     assert frozen_by_us(make(config)) == []
     model = make(config).train()
     model.base_model.requires_grad_(False)
-    assert {finding.code for finding in check(model)} == {"FK306"}
+    assert {finding.code for finding in check(model)} == (set() if kind == "vit" else {"FK306"})
 
 
 def test_no_alarm_on_layers_frozen_by_other_libraries() -> None:
+    pytest.importorskip("timm")
     from timm.layers import FrozenBatchNormAct2d
     from torchvision.ops import FrozenBatchNorm2d
 
