@@ -574,6 +574,13 @@ def test_an_optimizer_of_another_make() -> None:
     assert zoo.snapshot(model.body) == moved
 
 
+def test_a_package_whose_name_begins_like_torchs_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(nn.Linear(4, 4))
+    optimizer = DecayAll(model.parameters(), lr=0.1)
+    monkeypatch.setattr(DecayAll.step, "__module__", "torch_optimizer.decay")
+    assert [finding.code for finding in check(model, optimizer)] == ["FK316"]
+
+
 class Renamed(torch.optim.AdamW):
     """A subclass whose step is torch's."""
 
@@ -770,6 +777,9 @@ def test_no_alarm_on_what_is_off_or_trains() -> None:
     optimizer.add_param_group({"params": model.head.append_norm.parameters()})
     model.head.drop = nn.Dropout(0.5)
     assert check(model, optimizer) == []
+    alone = nn.LSTM(4, 4, 1)
+    alone.dropout = 0.5  # between layers, of which there is one
+    assert check(*naive(alone)) == []
     quantiser = FakeQuantize()
     quantiser.disable_observer()
     assert check(*naive(nn.Linear(4, 4), quantiser)) == []
