@@ -1,0 +1,292 @@
+"""What optimizers did to frozen parameters, seen from just before a step to just after it."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from freezekit.audit.live.region import Region, places
+from freezekit.audit.live.tensors import bits, sample, version
+from freezekit.audit.live.wrapping import Line, user_line
+
+if TYPE_CHECKING:
+    from freezekit.audit.live.evidence import Recorder
+
+__all__ = ["Step", "Steps", "Touch"]
+
+_SAMPLE = 64
+"""How many values of each parameter are compared around a step."""
+
+_MOMENTA = ("momentum_buffer", "exp_avg", "grad_avg", "momentum")
+"""What optimizers call the state that goes on moving a parameter without a gradient."""
+
+
+class _Member(NamedTuple):
+    parameter: Tensor
+    group: int
+    names: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Members:
+    groups: list[list[Tensor]]
+    """Everything an optimizer holds."""
+    frozen: list[_Member] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Touch:
+    """One frozen parameter in one step of an optimizer.
+
+    Args:
+        group: the parameter group that holds it.
+        requires_grad: whether it did.
+        lr: of the group.
+        weight_decay: of the group.
+        writes: how many writes torch counted during the step.
+        whole: whether all its values were compared.
+        grad: the largest size in its ``.grad``, ``None`` without one.
+        momentum: the largest size in its momentum, ``None`` without one.
+        moved: whether one of the compared values moved, ``None`` if that could not be seen.
+    """
+
+    group: int
+    requires_grad: bool
+    lr: Any
+    weight_decay: Any
+    writes: int
+    whole: bool
+    grad: Tensor | None
+    momentum: Tensor | None
+    moved: Tensor | None = None
+
+    def has_moved(self) -> bool:
+        """Tell whether the step moved it; this waits for the device."""
+        if self.moved is not None and bool(self.moved):
+            return True
+        # what was written to in part, as the rows of an embedding are, may have moved between the samples
+        return not self.whole and self.writes > 0 and self.pushed_by(self.grad)
+
+    @staticmethod
+    def pushed_by(size: Tensor | None) -> bool:
+        """Tell whether a gradient or momentum was there and not zero."""
+        return size is not None and not bool(size == 0)
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of one optimizer that could reach frozen parameters."""
+
+    interval: int
+    optimizer: str
+    known: bool
+    """Whether it is torch's own, which leaves alone what has no ``.grad``."""
+    where: Line | None
+    touches: dict[str, Touch]
+
+
+@dataclass(slots=True)
+class _Pending:
+    step: Step
+    members: list[_Member]
+    versions: list[int]
+    samples: list[Tensor | None] = field(default_factory=list)
+
+
+class Steps:
+    """Watches the optimizers while attached.
+
+    Args:
+        region: what is frozen.
+    """
+
+    def __init__(self, region: Region) -> None:
+        self.done: deque[Step] = deque(maxlen=1024)
+        self.twins: dict[str, list[str]] = _twins(region)
+        """Names of trained tensors that a frozen one may be an average of."""
+        self.sources: dict[str, Tensor] = {}
+        """The values of those, as they were when something had written to the frozen one."""
+        self._region = region
+        self._all = places(region.model) if self.twins else {}
+        self._counts: dict[str, int] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
+        self._members: weakref.WeakKeyDictionary[Optimizer, _Members] = weakref.WeakKeyDictionary()
+        self._pending: dict[int, _Pending] = {}
+        self._hooks: list[Any] = []
+        self._recorder: Recorder | None = None
+
+    def attach(self, recorder: Recorder) -> None:
+        """Start to watch."""
+        self._recorder = recorder
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
+        self._members.clear()
+        self._names.clear()
+        for place in self._region.places.values():
+            if (tensor := place.tensor()) is not None:
+                self._names[id(tensor)] = (*self._names.get(id(tensor), ()), place.name)
+        self._counts = {name: self._count(name) for name in self.twins}
+
+    def detach(self) -> None:
+        """Stop."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._pending.clear()
+        self._members.clear()
+
+    def settle(self) -> None:
+        """Look at what a step that is not quite over has moved: a hook of its own may be asking."""
+        for key in list(self._pending):
+            self._finish(key)
+
+    def forget(self, before: int) -> None:
+        """Forget what is older than this interval."""
+        while self.done and self.done[0].interval < before:
+            self.done.popleft()
+
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._keep_sources()
+        members = self._members_of(optimizer)
+        if not members.frozen:
+            return
+        known = type(optimizer).__module__.startswith("torch.optim")
+        if not known:
+            self._begin(optimizer, members.frozen, known)
+        elif [1 for parameter in members.parameters if parameter.grad is not None]:
+            risky = [member for member in members.frozen if member.parameter.grad is not None]
+            self._begin(optimizer, risky, known)
+
+    def _members_of(self, optimizer: Optimizer) -> _Members:
+        """Return the frozen parameters that an optimizer holds; its groups may have changed since."""
+        groups = optimizer.param_groups
+        known = self._members.get(optimizer)
+        if known is not None and len(known.groups) == len(groups):
+            for group, params in zip(groups, known.groups, strict=True):
+                if len(params) != len(group["params"]) or not all(map(operator.is_, params, group["params"])):
+                    break
+            else:
+                return known
+        found = _Members([list(group["params"]) for group in groups])
+        for i, params in enumerate(found.groups):
+            found.frozen += [_Member(p, i, self._names[id(p)]) for p in params if id(p) in self._names]
+        found.parameters = [member.parameter for member in found.frozen]
+        self._members[optimizer] = found
+        return found
+
+    def _begin(self, optimizer: Optimizer, members: list[_Member], known: bool) -> None:
+        assert self._recorder is not None
+        name = type(optimizer).__name__
+        step = Step(self._recorder.now, name, known, user_line(), {})
+        states = getattr(optimizer, "state", {})
+        grads = _sizes([member.parameter.grad for member in members])
+        momenta = [_momentum(states.get(member.parameter)) for member in members]
+        for member, grad, momentum in zip(members, grads, _sizes(momenta), strict=True):
+            group, parameter = optimizer.param_groups[member.group], member.parameter
+            whole = parameter.numel() <= _SAMPLE
+            touch = Touch(
+                member.group, parameter.requires_grad, group.get("lr", 1.0), group.get("weight_decay", 0),
+                0, whole, grad, momentum,
+            )  # fmt: skip
+            step.touches |= dict.fromkeys(member.names, touch)
+        versions = [version(member.parameter) for member in members]
+        samples = [None if (s := sample(m.parameter, _SAMPLE)) is None else s.clone() for m in members]
+        self._pending[id(optimizer)] = _Pending(step, members, versions, samples)
+
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
+        if id(optimizer) in self._pending and not torch.compiler.is_compiling():
+            self._finish(id(optimizer))
+
+    def _finish(self, key: int) -> None:
+        pending = self._pending.pop(key)
+        for member, count, before in zip(pending.members, pending.versions, pending.samples, strict=True):
+            touch = pending.step.touches[member.names[0]]
+            touch.writes = version(member.parameter) - count
+            now = sample(member.parameter, _SAMPLE)
+            if before is not None and now is not None and before.shape == now.shape:
+                touch.moved = (before != now).any()
+        self.done.append(pending.step)
+
+    def _count(self, name: str) -> int:
+        tensor = self._region.places[name].tensor()
+        return 0 if tensor is None else version(tensor)
+
+    def _keep_sources(self) -> None:
+        """Copy what a frozen tensor may just have been averaged from, before the step moves that on."""
+        for name, others in self.twins.items():
+            count = self._count(name)
+            if count != self._counts[name]:
+                self._counts[name] = count
+                for other in others:
+                    if (tensor := self._all[other].tensor()) is not None:
+                        self.sources[other] = tensor.detach().clone()
+
+
+def _momentum(state: Any) -> Tensor | None:
+    if not state:
+        return None
+    found = [state[key] for key in _MOMENTA if isinstance(state.get(key), Tensor)]
+    return found[0] if found else None
+
+
+def _sizes(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """Return the largest size in each tensor, without waiting for the device."""
+    plain = [t.detach() for t in tensors if t is not None and bits(t) is not None and t.numel()]
+    found = iter(torch._foreach_norm(plain, float("inf")) if plain else ())
+    sizes: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is None or not tensor.numel():
+            sizes.append(None)
+        elif bits(tensor) is not None:
+            sizes.append(next(found))
+        else:  # sparse: only where there is something
+            sizes.append(torch.ones(()))
+    return sizes
+
+
+def _twins(region: Region) -> dict[str, list[str]]:
+    """Return, by name, the tensors outside the region that have the same name but for one part of it."""
+    held = {name: p.tensor() for name, p in places(region.model).items()}
+    trained: dict[tuple[str, ...], list[str]] = {}
+    for name, tensor in held.items():
+        if name not in region.places and tensor is not None and not is_lazy(tensor):
+            for form in _forms(name):
+                trained.setdefault(form, []).append(name)
+    found: dict[str, list[str]] = {}
+    for name in region.places:
+        tensor = held.get(name)
+        if tensor is None or is_lazy(tensor) or not tensor.is_floating_point():
+            continue
+        others = {other for form in _forms(name) for other in trained.get(form, ())}
+        alike = [o for o in sorted(others) if _alike(tensor, held[o])]
+        if alike:
+            found[name] = alike
+    return found
+
+
+def _forms(name: str) -> list[tuple[str, ...]]:
+    parts = name.split(".")
+    return [(*parts[:i], "*", *parts[i + 1 :]) for i in range(len(parts) - 1)]
+
+
+def _alike(one: Tensor, other: Tensor | None) -> bool:
+    return (
+        other is not None
+        and one.shape == other.shape
+        and one.dtype == other.dtype
+        and one.device == other.device
+    )
