@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-from freezekit.audit.live.tensors import version
 
 if TYPE_CHECKING:
     from freezekit.audit.live.evidence import Recorder
@@ -94,35 +92,34 @@ def _around(kind: str, target: Callable[[Any], Any], original: Any) -> Any:
     return method
 
 
-def _wrap_collective(original: Any) -> Any:
+def _wrap_collective(at: int, name: str, original: Any) -> Any:
     @functools.wraps(original)
     def collective(*args: Any, **kwargs: Any) -> Any:
         if not recorders or torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        tensors = list(_tensors([*args, *kwargs.values()]))
-        before = [version(tensor) for tensor in tensors]
+        given = args[at] if len(args) > at else kwargs.get(name)
+        tensors = [given] if isinstance(given, Tensor) else list(given or ())
+        held = [(recorder, recorder.collectives.before(tensors)) for recorder in recorders]
+        waited = not kwargs.get("async_op", False)
         try:
             return original(*args, **kwargs)
         finally:
-            for recorder in recorders:
-                recorder.touched(original.__name__.strip("_"), tensors, before)
+            for recorder, before in held:
+                if before is not None:
+                    recorder.sent(original.__name__.strip("_"), before, waited)
 
     return collective
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-_COLLECTIVES = (
-    "broadcast", "all_reduce", "all_reduce_coalesced", "reduce", "all_gather", "all_gather_into_tensor",
-    "gather", "scatter", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single",
-    "recv", "irecv", "_broadcast_coalesced",
-)  # fmt: skip
+#: collective -> where its call has the tensors it writes to, by position and by name
+_COLLECTIVES = {
+    "broadcast": (0, "tensor"), "all_reduce": (0, "tensor"), "reduce": (0, "tensor"), "recv": (0, "tensor"),
+    "all_reduce_coalesced": (0, "tensors"), "_broadcast_coalesced": (1, "tensors"),
+    "all_gather": (0, "tensor_list"), "all_gather_into_tensor": (0, "output_tensor"),
+    "gather": (1, "gather_list"), "scatter": (0, "tensor"), "reduce_scatter": (0, "output"),
+    "reduce_scatter_tensor": (0, "output"), "all_to_all": (0, "output_tensor_list"),
+    "all_to_all_single": (0, "output"),
+}  # fmt: skip
 
 
 def wrappers() -> list[tuple[Any, str, Callable[[Any], Any]]]:
@@ -143,10 +140,10 @@ def wrappers() -> list[tuple[Any, str, Callable[[Any], Any]]]:
             if callable(vars(getattr(timm, name, object)).get(method)):
                 held = functools.partial(_attribute, inside)
                 found.append((getattr(timm, name), method, around(_around, "averaging", held)))
-    if torch.distributed.is_available():
-        found += [
-            (torch.distributed, n, _wrap_collective) for n in _COLLECTIVES if hasattr(torch.distributed, n)
-        ]
+    dist = torch.distributed
+    for name, given in _COLLECTIVES.items() if dist.is_available() else ():
+        if hasattr(dist, name):
+            found += [(dist, name, functools.partial(_wrap_collective, *given))]
     return found
 
 

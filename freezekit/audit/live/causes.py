@@ -117,8 +117,8 @@ class Witness:
     def _proofs(self, change: Change, stats: dict[str, Change]) -> Iterable[Cause]:
         """Yield what is proven to have changed it, the strongest first."""
         name = change.place.name
-        events = [e for e in self._recorder.events if e.interval > change.since and name in e.names]
-        moving = [e for e in events if e.names[name].moved]
+        events = [e for e in self._recorder.events if e.interval > change.since and e.reaches(name)]
+        moving = [e for e in events if e.has_moved(name)]
         yield from (_of_event(e) for e in moving if e.kind in ("load_state_dict", "averaging", "move"))
         passes = self._passes(change)
         forwards = [*self._forwards(change, passes)]
@@ -138,7 +138,7 @@ class Witness:
         if pushed is not None:
             yield _of_step(pushed, pushed.touches[name], change)
         yield from (_of_event(e) for e in moving if e.kind == "broadcast")
-        accounted = sum(e.names[name].writes for e in events) + sum(s.touches[name].writes for s in steps)
+        accounted = sum(e.writes(name) for e in events) + sum(s.touches[name].writes for s in steps)
         accounted += sum(record.writes.get(name, 0) for record in passes)
         if change.writes > accounted:
             yield from self._averaged(change)

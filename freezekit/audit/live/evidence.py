@@ -16,6 +16,7 @@ from torch.nn.modules.module import (
 )
 
 from freezekit.audit.live.calls import callees, recorders, wrap_call, wrap_setattr, wrappers
+from freezekit.audit.live.collectives import Collectives, Reach, Sent
 from freezekit.audit.live.region import Place, Region
 from freezekit.audit.live.steps import Steps
 from freezekit.audit.live.tensors import bits, differ, pointer, sample, version
@@ -50,13 +51,27 @@ class Event:
         where: the user's line.
         what: the call, in words.
         names: what it did, by name of the tensor.
+        sent: what it did, if it is a collective.
     """
 
     kind: str
     interval: int
     where: Line | None
     what: str
-    names: dict[str, Trace]
+    names: dict[str, Trace] = field(default_factory=dict)
+    sent: Sent | None = None
+
+    def reaches(self, name: str) -> bool:
+        """Tell whether the call reached a tensor."""
+        return name in self.names or (self.sent is not None and name in self.sent.writes)
+
+    def writes(self, name: str) -> int:
+        """Return how many writes torch counted."""
+        return self.names[name].writes if self.sent is None else self.sent.writes[name]
+
+    def has_moved(self, name: str) -> bool:
+        """Tell whether a tensor has another value since; this may wait for the device."""
+        return self.names[name].moved if self.sent is None else self.sent.has_moved(name)
 
 
 @dataclass(slots=True)
@@ -106,11 +121,11 @@ class Recorder:
         self.modes: dict[int, Mode] = {}
         self.passes: dict[int, deque[Pass]] = {}
         self.steps = Steps(region)
+        self.collectives = Collectives(region)
         self._quiet: dict[int, int] = {}
         self._armed: dict[int, Callable[[], None]] = {}
         self._suspects: set[int] = set()
         self._undo: list[Callable[[], None]] = []
-        self._pointers: dict[int, list[Place]] = {}
 
     @property
     def attached(self) -> bool:
@@ -191,7 +206,7 @@ class Recorder:
     def _assigned(self, module: nn.Module, key: str) -> None:
         names = {place.name: Trace(0, True) for place in self.places[id(module)] if place.key == key}
         if names:
-            self._pointers.clear()
+            self.collectives.clear()
             self.events.append(Event("assignment", self.now, user_line(), "", names))
 
     def before(self, module: nn.Module) -> list[tuple[Place, Tensor | None, int, int, Tensor | None]]:
@@ -225,32 +240,21 @@ class Recorder:
             if writes or moved:
                 names[place.name] = Trace(writes, moved or (writes > 0 and now.numel() > _WHOLE))
         if names:
-            self._pointers.clear()
+            self.collectives.clear()
             self.events.append(Event(kind, self.now, user_line(), what, names))
 
-    def touched(self, what: str, tensors: list[Tensor], before: list[int]) -> None:
-        """Note that a collective may have written to these tensors: to the same memory."""
-        if not self._pointers:
-            for place in self.region.places.values():
-                if (held := place.tensor()) is not None:
-                    self._pointers.setdefault(pointer(held), []).append(place)
-            self._pointers[0] = []
-        names = {}
-        for tensor, count in zip(tensors, before, strict=True):
-            at = pointer(tensor)
-            for place in self._pointers.get(at, ()):
-                held = place.tensor()  # which may be elsewhere by now
-                if held is not None and pointer(held) == at:
-                    names[place.name] = Trace(version(tensor) - count, True)
-        if not names:
-            return
-        last = self.events[-1] if self.events else None
-        if last is not None and (last.kind, last.interval, last.what) == ("broadcast", self.now, what):
-            for name, trace in names.items():
-                known = last.names.get(name)
-                last.names[name] = trace if known is None else Trace(trace.writes + known.writes, True)
-        else:
-            self.events.append(Event("broadcast", self.now, user_line(), what, names))
+    def sent(self, what: str, before: tuple[Reach, list[Tensor], dict[str, int]], waited: bool) -> None:
+        """Note that a collective was given frozen tensors to write to, and maybe not waited for."""
+        sent = self.collectives.after(before)
+        if not waited:
+            sent.unlike = [torch.ones_like(unlike) for unlike in sent.unlike]
+        for event in reversed(self.events):
+            if event.interval != self.now:
+                break
+            if event.sent is not None and event.sent.reach is sent.reach and event.what == what:
+                event.sent.join(sent)
+                return
+        self.events.append(Event("broadcast", self.now, user_line(), what, sent=sent))
 
     def watched_call(self, module: nn.Module, call: Callable[[], Any]) -> Any:
         """Run a layer's forward and note what it did to the layer's own tensors."""
