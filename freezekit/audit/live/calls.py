@@ -92,23 +92,35 @@ def _around(kind: str, target: Callable[[Any], Any], original: Any) -> Any:
     return method
 
 
-def _wrap_collective(at: int, name: str, original: Any) -> Any:
+def _wrap_collective(given: Callable[..., Any], original: Any) -> Any:
+    """Wrap what sends tensors between processes; ``given`` tells those written to from its arguments."""
+
     @functools.wraps(original)
     def collective(*args: Any, **kwargs: Any) -> Any:
-        if not recorders or torch.compiler.is_compiling():
+        if _busy or not recorders or torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        given = args[at] if len(args) > at else kwargs.get(name)
-        tensors = [given] if isinstance(given, Tensor) else list(given or ())
+        written = given(*args, **kwargs)
+        tensors = [written] if isinstance(written, Tensor) else list(written or ())
         held = [(recorder, recorder.collectives.before(tensors)) for recorder in recorders]
         waited = not kwargs.get("async_op", False)
+        _busy.append("broadcast")
         try:
             return original(*args, **kwargs)
         finally:
+            _busy.pop()
             for recorder, before in held:
                 if before is not None:
                     recorder.sent(original.__name__.strip("_"), before, waited)
 
     return collective
+
+
+def _argument(at: int, name: str, *args: Any, **kwargs: Any) -> Any:
+    return args[at] if len(args) > at else kwargs.get(name)
+
+
+def _buffers(parallel: Any) -> Any:
+    return parallel.modules_buffers
 
 
 #: collective -> where its call has the tensors it writes to, by position and by name
@@ -143,7 +155,12 @@ def wrappers() -> list[tuple[Any, str, Callable[[Any], Any]]]:
     dist = torch.distributed
     for name, given in _COLLECTIVES.items() if dist.is_available() else ():
         if hasattr(dist, name):
-            found += [(dist, name, functools.partial(_wrap_collective, *given))]
+            wrapper = functools.partial(_wrap_collective, functools.partial(_argument, *given))
+            found.append((dist, name, wrapper))
+    if dist.is_available():
+        # it sets torch's counters of writes back afterwards
+        parallel = nn.parallel.DistributedDataParallel
+        found.append((parallel, "_sync_buffers", functools.partial(_wrap_collective, _buffers)))
     return found
 
 

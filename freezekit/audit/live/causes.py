@@ -124,28 +124,28 @@ class Witness:
         forwards = [*self._forwards(change, passes)]
         yield from forwards
         if change.replaced or change.what in ("missing", "added"):
-            if not forwards:  # which may have replaced it, too
-                yield _assigned(change, [e for e in moving if e.kind == "assignment"])
+            lines = [e for e in moving if e.kind == "assignment"]
+            # a forward may have replaced it, and if it is compiled nobody saw it
+            if not forwards and (lines or self._writes_are_from_outside(change, passes)):
+                yield _assigned(change, lines)
             return
         if change.what in ("dtype", "device"):
             yield Cause("move", "its .data was replaced" if change.rebased else "")
-            return
-        if change.rebased or change.what == "shape":
-            yield Cause("write", "resized in place" if change.writes else "its .data was replaced")
             return
         steps = [s for s in self._recorder.steps.done if s.interval > change.since and name in s.touches]
         pushed = next((s for s in steps if s.touches[name].has_moved()), None)
         if pushed is not None:
             yield _of_step(pushed, pushed.touches[name], change)
         yield from (_of_event(e) for e in moving if e.kind == "broadcast")
-        accounted = sum(e.writes(name) for e in events) + sum(s.touches[name].writes for s in steps)
-        accounted += sum(record.writes.get(name, 0) for record in passes)
-        if change.writes > accounted:
-            yield from self._averaged(change)
-            if self._compiled_forward(change, stats, passes):
+        if change.rebased or change.what == "shape":
+            yield Cause("write", "resized in place" if change.writes else "its .data was replaced")
+            return
+        if (count := self._unaccounted(change)) > 0:
+            if (averaged := self._averaged(change)) is not None:
+                yield averaged
+            elif self._compiled_forward(change, stats, passes):
                 yield self._of_mode(change, "train-mode forward")
             elif self._writes_are_from_outside(change, passes):
-                count = change.writes - accounted
                 yield Cause("write", f"{count} counted write{'' if count == 1 else 's'}")
         elif self._compiled_forward(change, stats, passes):
             yield self._of_mode(change, "train-mode forward")
@@ -153,9 +153,21 @@ class Witness:
     def _last_resort(self, change: Change) -> Cause:
         """Say that it was written to behind torch's back where nothing else can have been, or unknown."""
         passes = self._passes(change)
-        if change.writes == 0 and self._writes_are_from_outside(change, passes):
+        if self._unaccounted(change) <= 0 and self._writes_are_from_outside(change, passes):
             return Cause("write", "past torch's counter of writes: .data, numpy or C++")
         return Cause("unknown")
+
+    def _unaccounted(self, change: Change) -> int:
+        """Return how many counted writes were made by nothing that was watched."""
+        name, recorder = change.place.name, self._recorder
+        known = [e.writes(name) for e in recorder.events if e.interval > change.since and e.reaches(name)]
+        known += [
+            step.touches[name].writes
+            for step in recorder.steps.done
+            if step.interval > change.since and name in step.touches
+        ]
+        known += [record.writes.get(name, 0) for record in self._passes(change)]
+        return change.writes - sum(known)
 
     def _passes(self, change: Change) -> list[Pass]:
         rounds = self._recorder.passes.get(id(change.place.owner), ())
@@ -225,17 +237,17 @@ class Witness:
             return True
         if isinstance(change.place.owner, _NormBase):
             return not self._was_training(change)
-        return change.writes > 0 and not self._was_training(change)
+        return (change.writes > 0 or change.replaced) and not self._was_training(change)
 
-    def _averaged(self, change: Change) -> Iterable[Cause]:
-        """Yield averaging if the new value lies between the old and a trained tensor, everywhere alike."""
+    def _averaged(self, change: Change) -> Cause | None:
+        """Return averaging if the new value lies between the old and a trained tensor, everywhere alike."""
         name = change.place.name
         for other in self._recorder.steps.twins.get(name, ()):
             source = self._recorder.steps.sources.get(other)
             share = None if source is None else _share(change.before, change.tensor, source)
             if share is not None:
-                yield Cause("averaging", f"moved {share:.3g} of the way to {other}")
-                return
+                return Cause("averaging", f"moved {share:.3g} of the way to {other}")
+        return None
 
 
 def _share(before: Tensor | None, now: Tensor | None, source: Tensor) -> float | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.optim.swa_utils import AveragedModel, update_bn
@@ -562,7 +563,7 @@ def test_a_teacher_averaged_by_hand(decay: float, form: str) -> None:
         step()  # the student moves on before anybody looks
         causes = watched.look()
     assert kinds(causes) == dict.fromkeys(["teacher.weight", "teacher.bias"], "averaging")
-    assert "of the way to student.weight" in causes["teacher.weight"].detail
+    assert causes["teacher.weight"].detail == f"moved {1 - decay:.3g} of the way to student.weight"
 
 
 def test_compiled_forwards_are_proven_by_the_counter() -> None:
@@ -582,6 +583,82 @@ def test_compiled_forwards_are_proven_by_the_counter() -> None:
     compiled(torch.randn(4, 3))
     assert kinds(causes) == dict.fromkeys(STATS, "train-mode forward")
     assert "in test_compiled" in str(causes["0.running_mean"].where)
+
+
+def test_a_compiled_forward_that_replaces_a_buffer_is_not_guessed() -> None:
+    class Replacing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                self.seen = self.seen + 1
+            return x
+
+    model = net(Replacing(), nn.Linear(3, 3))
+    model(torch.randn(4, 3))
+    model.eval()
+    compiled = torch.compile(model, backend="aot_eager")
+    with eye(model, ["0"]) as watched:
+        compiled(torch.randn(4, 3))
+        assert watched.look() == {}
+        compiled.train()
+        compiled(torch.randn(4, 3))
+        assert kinds(watched.look()) == {"0.seen": "unknown"}
+
+
+# -- processes
+
+
+def _rank(rank: int, store: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    model[0].requires_grad_(False)
+    model.eval()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    x = torch.randn(4, 3)
+
+    def look(fault: Callable[[], object]) -> dict[str, str]:
+        with eye(model) as watched:
+            parallel(x)
+            assert watched.look() == {}
+            fault()
+            return kinds(watched.look())
+
+    def one_rank_moves() -> None:
+        if rank == 0:
+            model[0].running_mean.data.add_(1)
+        parallel(x)
+
+    def write_beside() -> None:
+        parallel(x)
+        model[0].running_mean.add_(1)
+
+    def send() -> None:
+        if rank == 0:
+            model[0].weight.data.add_(1)
+        torch.distributed.broadcast(model[0].weight.data, 0)
+
+    def train() -> None:
+        parallel.train()
+        parallel(x + rank)
+        parallel.eval()
+
+    own = {"0.running_mean": "write"}
+    assert look(one_rank_moves) == ({"0.running_mean": "broadcast"} if rank else own)
+    assert look(write_beside) == own
+    assert look(send) == {"0.weight": "broadcast" if rank else "write"}
+    assert look(train) == dict.fromkeys(STATS, "train-mode forward")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_collectives_of_two_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, args=(str(tmp_path / "store"),), nprocs=2)
 
 
 # -- it leaves nothing behind
