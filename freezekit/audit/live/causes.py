@@ -152,7 +152,10 @@ class Witness:
 
     def _last_resort(self, change: Change) -> Cause:
         """Say that it was written to behind torch's back where nothing else can have been, or unknown."""
-        passes = self._passes(change)
+        passes, name = self._passes(change), change.place.name
+        steps = [s for s in self._recorder.steps.done if s.interval > change.since and name in s.touches]
+        if any(step.touches[name].may_have_moved for step in steps):
+            return Cause("unknown")
         if self._unaccounted(change) <= 0 and self._writes_are_from_outside(change, passes):
             return Cause("write", "past torch's counter of writes: .data, numpy or C++")
         return Cause("unknown")
@@ -313,14 +316,12 @@ def _of_step(step: Step, touch: Touch, change: Change) -> Cause:
     at = f"group {touch.group} of {step.optimizer}"
     where = None if step.where is None else str(step.where)
     decay = touch.weight_decay if isinstance(touch.weight_decay, (int, float)) else 0
-    if touch.pushed_by(touch.grad):
+    if touch.by_gradient():
         kind = "" if touch.requires_grad else "stale "
         return Cause("gradient", f"a {kind}.grad in {at}", where)
-    if decay and (
-        _shrunk(change.before, change.tensor) or (step.known and not touch.pushed_by(touch.momentum))
-    ):
+    if decay and (_shrunk(change.before, change.tensor) or (step.known and not touch.by_momentum())):
         return Cause("weight decay", f"weight_decay={decay:g} in {at}", where)
-    if touch.pushed_by(touch.momentum):
+    if touch.by_momentum():
         rest = "no .grad" if touch.grad is None else "a .grad of zeros"
         return Cause("momentum", f"momentum and {rest} in {at}", where)
     return Cause("optimizer", f"inside its step, {at}", where)

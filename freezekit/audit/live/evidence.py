@@ -123,7 +123,8 @@ class Recorder:
         self.steps = Steps(region)
         self.collectives = Collectives(region)
         self._quiet: dict[int, int] = {}
-        self._armed: dict[int, Callable[[], None]] = {}
+        self._armed: set[int] = set()
+        self._wrapped: dict[type[nn.Module], Callable[[], None]] = {}
         self._suspects: set[int] = set()
         self._undo: list[Callable[[], None]] = []
 
@@ -159,8 +160,9 @@ class Recorder:
         for key in list(self._armed):
             self._disarm(key)
         self.steps.detach()
-        for undo in reversed(self._undo):
+        for undo in (*self._wrapped.values(), *reversed(self._undo)):
             undo()
+        self._wrapped.clear()
         self._undo.clear()
 
     def tick(self) -> None:
@@ -301,15 +303,18 @@ class Recorder:
     def _arm(self, key: int) -> None:
         if key not in self._armed:
             kind = type(self.owners[key])
-            self._armed[key] = wrap(kind, "__call__", functools.partial(wrap_call, kind))
+            if kind not in self._wrapped:
+                self._wrapped[kind] = wrap(kind, "__call__", functools.partial(wrap_call, kind))
+            self._armed.add(key)
             callees[key] = (*callees.get(key, ()), self)
 
     def _disarm(self, key: int) -> None:
-        if (undo := self._armed.pop(key, None)) is not None:
+        """Let a layer's calls pass; its class stays wrapped, as loops switch modes back and forth."""
+        if key in self._armed:
+            self._armed.remove(key)
             rest = tuple(other for other in callees.pop(key) if other is not self)
             if rest:
                 callees[key] = rest
-            undo()
 
     def _rest(self, key: int) -> None:
         """Stop to watch the calls of a layer that has moved nothing for some time."""
@@ -324,6 +329,9 @@ class Recorder:
         else:
             self._suspects.discard(key)
             self._disarm(key)
+            kind = type(self.owners[key])
+            if kind in self._wrapped and not any(type(self.owners[other]) is kind for other in self._armed):
+                self._wrapped.pop(kind)()
 
 
 def _add_flag(flags: list[Tensor | bool], flag: Tensor | bool) -> None:

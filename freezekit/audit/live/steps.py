@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from freezekit.audit.live.region import Region, places
-from freezekit.audit.live.tensors import bits, sample, version
+from freezekit.audit.live.tensors import sample, version
 from freezekit.audit.live.wrapping import Line, user_line
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ __all__ = ["Step", "Steps", "Touch"]
 
 _SAMPLE = 64
 """How many values of each parameter are compared around a step."""
+
+_PUSH = 4096
+"""How many values of a gradient or momentum are looked at before a step."""
 
 _MOMENTA = ("momentum_buffer", "exp_avg", "grad_avg", "momentum")
 """What optimizers call the state that goes on moving a parameter without a gradient."""
@@ -49,17 +52,19 @@ class Touch:
     """One frozen parameter in one step of an optimizer.
 
     Args:
+        parameter: the parameter.
         group: the parameter group that holds it.
         requires_grad: whether it did.
         lr: of the group.
         weight_decay: of the group.
         writes: how many writes torch counted during the step.
         whole: whether all its values were compared.
-        grad: the largest size in its ``.grad``, ``None`` without one.
-        momentum: the largest size in its momentum, ``None`` without one.
+        grad: the largest size seen in its ``.grad``, ``None`` without one.
+        momentum: the largest size seen in its momentum, ``None`` without one.
         moved: whether one of the compared values moved, ``None`` if that could not be seen.
     """
 
+    parameter: Tensor
     group: int
     requires_grad: bool
     lr: Any
@@ -75,12 +80,23 @@ class Touch:
         if self.moved is not None and bool(self.moved):
             return True
         # what was written to in part, as the rows of an embedding are, may have moved between the samples
-        return not self.whole and self.writes > 0 and self.pushed_by(self.grad)
+        return self.may_have_moved and self.by_gradient()
 
-    @staticmethod
-    def pushed_by(size: Tensor | None) -> bool:
-        """Tell whether a gradient or momentum was there and not zero."""
-        return size is not None and not bool(size == 0)
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether it was written to where nobody looked."""
+        return not self.whole and self.writes > 0
+
+    def by_gradient(self) -> bool:
+        """Tell whether there was a gradient that was not zero."""
+        if self.grad is None or bool(self.grad != 0):
+            return self.grad is not None
+        left = self.parameter.grad  # as a rule nobody has emptied it yet
+        return not self.whole and left is not None and bool((left != 0).any())
+
+    def by_momentum(self) -> bool:
+        """Tell whether there was momentum that was not zero."""
+        return self.momentum is not None and bool(self.momentum != 0)
 
 
 @dataclass(slots=True)
@@ -199,7 +215,7 @@ class Steps:
             group, parameter = optimizer.param_groups[member.group], member.parameter
             whole = parameter.numel() <= _SAMPLE
             touch = Touch(
-                member.group, parameter.requires_grad, group.get("lr", 1.0), group.get("weight_decay", 0),
+                parameter, member.group, parameter.requires_grad, group.get("lr", 1.0), group.get("weight_decay", 0),
                 0, whole, grad, momentum,
             )  # fmt: skip
             step.touches |= dict.fromkeys(member.names, touch)
@@ -245,17 +261,20 @@ def _momentum(state: Any) -> Tensor | None:
 
 def _sizes(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """Return the largest size in each tensor, without waiting for the device."""
-    plain = [t.detach() for t in tensors if t is not None and bits(t) is not None and t.numel()]
-    found = iter(torch._foreach_norm(plain, float("inf")) if plain else ())
-    sizes: list[Tensor | None] = []
-    for tensor in tensors:
-        if tensor is None or not tensor.numel():
-            sizes.append(None)
-        elif bits(tensor) is not None:
-            sizes.append(next(found))
-        else:  # sparse: only where there is something
-            sizes.append(torch.ones(()))
-    return sizes
+    spread = [None if t is None else _spread(t.detach()) for t in tensors]
+    some = [values for values in spread if values is not None]
+    found = iter(torch._foreach_norm(some, float("inf")) if some else ())
+    return [None if values is None else next(found) for values in spread]
+
+
+def _spread(tensor: Tensor) -> Tensor | None:
+    """Return some of the values, spread over the tensor; what is sparse has its own."""
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    if not tensor.numel() or tensor.layout is not torch.strided:
+        return None
+    flat = tensor.reshape(-1)
+    return flat[:: -(-flat.numel() // _PUSH)]
 
 
 def _twins(region: Region) -> dict[str, list[str]]:
