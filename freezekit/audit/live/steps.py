@@ -215,7 +215,8 @@ class Steps:
             group, parameter = optimizer.param_groups[member.group], member.parameter
             whole = parameter.numel() <= _SAMPLE
             touch = Touch(
-                parameter, member.group, parameter.requires_grad, group.get("lr", 1.0), group.get("weight_decay", 0),
+                parameter, member.group, parameter.requires_grad,
+                group.get("lr", 1.0), group.get("weight_decay", 0),
                 0, whole, grad, momentum,
             )  # fmt: skip
             step.touches |= dict.fromkeys(member.names, touch)
