@@ -1,0 +1,387 @@
+"""The behaviour probe: what it must see, what it must not, and that the loop never notices."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+import freezekit
+from freezekit.audit.findings import Finding
+from freezekit.audit.live.probe import Probe
+from freezekit.audit.live.region import Region
+
+
+class Counting(nn.Module):
+    """Gives more at each call: state that no buffer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, 1))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.weight * self.calls
+
+
+class Switched(nn.Module):
+    """Does what a plain attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.skip else self.conv(x) + x
+
+
+class GhostBN(nn.Module):
+    """Normalises by groups of two samples, whatever the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.chunk(x.shape[0] // 2)
+        return torch.cat([(g - g.mean((0, 2, 3), True)) / g.std((0, 2, 3), keepdim=True) for g in groups])
+
+
+class Centring(nn.Module):
+    """Mixes the batch in train mode, by no norm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x - x.mean(0)
+        return self.conv(x).relu_()
+
+
+class TrainScaled(nn.Module):
+    """Does something else in train mode, without chance and sample by sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * (2 if self.training else 1)
+
+
+class AlwaysDropping(nn.Module):
+    """Forgets to say training=self.training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x * self.weight, 0.4, training=True)
+
+
+class PythonNoise(nn.Module):
+    """Draws its random numbers from elsewhere than torch."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 1, 1))
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight * self.draw()
+
+
+class Net(nn.Module):
+    """A frozen backbone of some layers, and a head with dropout that trains."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), *layers, nn.Conv2d(3, 3, 1))
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(3, 2)
+        zoo.scramble(self)
+        self.body.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.body(x).mean((2, 3))))
+
+
+def probed(model: nn.Module, *inputs: Any, times: int = 1, **named: Any) -> tuple[list[Finding], list[str]]:
+    probe = Probe(Region(model))
+    for _ in range(times):
+        probe.arm()
+        model(*inputs, **named)
+        found = probe.run()
+    return found, probe.notes
+
+
+def images(batch: int = 6) -> Tensor:
+    return torch.randn(batch, 3, 8, 8) * torch.linspace(0.5, 2, batch)[:, None, None, None] + 0.3
+
+
+def seen(found: list[Finding]) -> list[tuple[str, str]]:
+    return [(finding.code, finding.name) for finding in found]
+
+
+FAULTS: dict[str, tuple[Callable[[], nn.Module], str, str | None, str]] = {
+    "batch norm in train mode": (
+        lambda: nn.BatchNorm2d(3, affine=False), "FK201", "train-mode forward", "sample 0 changed",
+    ),
+    "batch norm without momentum": (
+        lambda: nn.BatchNorm2d(3, momentum=None), "FK201", "train-mode forward", "in train mode",
+    ),
+    "batch norm without statistics": (
+        lambda: nn.BatchNorm2d(3, track_running_stats=False), "FK201", None, "in eval mode too",
+    ),
+    "ghost batch norm": (GhostBN, "FK201", None, "in eval mode too"),
+    "centring": (Centring, "FK201", "train-mode forward", "sample 0 changed"),
+    "dropout": (lambda: nn.Dropout(0.3), "FK202", "train-mode forward", "random numbers"),
+    "dropout of channels": (lambda: nn.Dropout2d(0.3), "FK202", "train-mode forward", "random numbers"),
+    "drop path": (lambda: StochasticDepth(0.01, "row"), "FK202", "train-mode forward", "random numbers"),
+    "dropout whatever the mode": (AlwaysDropping, "FK202", None, "random numbers"),
+    "python's chance": (lambda: PythonNoise(random.random), "FK202", None, "random numbers"),
+    "numpy's chance": (lambda: PythonNoise(lambda: np.random.rand()), "FK202", None, "random numbers"),
+    "counter": (Counting, "FK203", None, "the same batch again"),
+    "other scale": (TrainScaled, "FK203", "train-mode forward", "from that in eval mode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 6])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_named_by_layer(fault: str, batch: int) -> None:
+    make, code, cause, message = FAULTS[fault]
+    if fault == "ghost batch norm" and batch in (1, 3):
+        pytest.skip("it needs groups of two")
+    model = Net(nn.ReLU(inplace=True), make(), nn.ReLU(inplace=True))
+    found, notes = probed(model.train(), images(batch))
+    assert (seen(found), notes) == ([(code, "body.2")], [])
+    assert message in found[0].message
+    assert (found[0].cause and found[0].cause.kind) == cause
+    assert found[0].fix
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_layer_is_named_and_no_other(fault: str) -> None:
+    make, code, _, _ = FAULTS[fault]
+    model = Net(nn.Sequential(make(), nn.Conv2d(3, 3, 1)), nn.BatchNorm2d(3), make(), nn.BatchNorm2d(3))
+    model.body[2].eval()
+    found, _ = probed(model.train(), images())
+    expected = {(code, "body.1.0"), (code, "body.3"), ("FK201", "body.2"), ("FK201", "body.4")}
+    assert set(seen(found)) == expected
+    assert len(found) == 4
+
+
+SOUND: dict[str, Callable[[], nn.Module]] = {
+    "batch norm in eval mode": lambda: freezekit.nn.FrozenBatchNorm2d(3),
+    "instance norm": lambda: nn.InstanceNorm2d(3, affine=True),
+    "layer norm": lambda: nn.LayerNorm(8),
+    "group norm": lambda: nn.GroupNorm(1, 3),
+    "local response norm": lambda: nn.LocalResponseNorm(2),
+    "dropout that drops nothing": lambda: nn.Dropout(0.0),
+    "switched": Switched,
+    "softmax": lambda: nn.Softmax(1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", [1, 2, 6])
+@pytest.mark.parametrize("layer", SOUND)
+def test_sound_layers_are_left_alone(layer: str, batch: int) -> None:
+    model = Net(SOUND[layer](), nn.ReLU())
+    assert probed(model.train(), images(batch), times=3) == ([], [])
+
+
+# ---- against what was given at first ----
+
+
+def test_a_setting_that_changes_is_named_with_the_layer_that_has_it() -> None:
+    model = Net(nn.Sequential(Switched(), nn.ReLU()), Switched())
+    probe = Probe(Region(model))
+    x = images()
+    for step in range(4):
+        probe.arm()
+        model(x if step < 3 else images(2))
+        found = probe.run()
+        if step < 2:
+            assert found == []
+            model.body[1][0].skip = step == 1
+    assert seen(found) == [("FK203", "body.1.0")]
+    assert "inputs of the first probe changed by up to" in found[0].message
+    assert probe.notes == []
+
+
+def test_moved_statistics_are_named_by_layer_and_moved_weights_by_the_whole() -> None:
+    model = Net(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3))
+    model.eval()
+    probe = Probe(Region(model))
+
+    def step() -> list[tuple[str, str]]:
+        probe.arm()
+        model(images())
+        return seen(probe.run())
+
+    assert step() == []
+    model.body[3].running_mean[1] += 0.1
+    assert step() == [("FK203", "body.3")]
+    model.body[3].running_mean[1] -= 0.1
+    assert step() == []
+    model.body[0].weight.data[0, 0, 0, 0] += 0.1
+    assert step() == [("FK203", "body")]
+    model.body[0].weight.data[0, 0, 0, 0] -= 0.1
+    assert step() == []
+    model.half().float()
+    assert probe.notes == []
+
+
+def test_a_mode_that_changes_later_is_seen_then() -> None:
+    model = Net(nn.BatchNorm2d(3), nn.Dropout(0.2))
+    probe = Probe(Region(model))
+    for mode, expected in ((False, []), (True, [("FK202", "body.2"), ("FK201", "body.1")]), (False, [])):
+        model.train(mode)
+        probe.arm()
+        before = copy.deepcopy(model.body[1].state_dict())
+        model(images())
+        model.body[1].load_state_dict(before)
+        assert seen(probe.run()) == expected
+
+
+def test_another_precision_is_no_change() -> None:
+    model = Net(nn.ReLU()).eval()
+    probe = Probe(Region(model))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.bfloat16):
+        model.to(dtype)
+        probe.arm()
+        model(images().to(dtype))
+        assert probe.run() == []
+    assert probe.notes == []
+
+
+# ---- no trace ----
+
+
+def everything(model: nn.Module) -> list[Any]:
+    """All that a probe could leave behind, in a form that compares."""
+    found: list[Any] = [
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_rng_state().tolist(),
+    ]
+    found += [random.getstate(), repr(np.random.get_state()[1].tolist()), torch.is_autocast_cache_enabled()]
+    found += [
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.cudnn.benchmark,
+        len(warnings.filters),
+    ]
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
+        table = getattr(nn.modules.module, f"_global_{name}")
+        found.append((id(table), list(table.items())))
+    for path, module in model.named_modules():
+        found.append((path, id(module), type(module), module.training, list(vars(module))))
+        for key, value in vars(module).items():
+            if isinstance(value, dict):
+                found.append((key, id(value), [(k, id(v)) for k, v in value.items()]))
+            elif not isinstance(value, Tensor):
+                found.append((key, id(value), repr(value)))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad.tolist())
+        found.append((name, id(tensor), tensor._version, tensor.data_ptr(), tensor.tolist(), grad))
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_trace(fault: str, training: bool) -> None:
+    model = Net(FAULTS[fault][0](), nn.BatchNorm2d(3), nn.Dropout(0.1)).train(training)
+    model.body[0].register_forward_hook(lambda *_: None)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    probe = Probe(Region(model))
+    try:
+        for _ in range(2):
+            probe.arm()
+            model(images(3)).sum().backward()
+            assert not nn.modules.module._global_forward_pre_hooks
+            before = everything(model)
+            probe.run()
+            assert everything(model) == before
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_training_with_a_probe_at_every_step_is_training_without(fault: str) -> None:
+    def trained(probing: bool) -> list[Any]:
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        model = Net(FAULTS[fault][0](), nn.BatchNorm2d(3), nn.Dropout(0.2)).train()
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1, momentum=0.9)
+        probe = Probe(Region(model))
+        for _ in range(4):
+            optimizer.zero_grad()
+            if probing:
+                probe.arm()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(images(4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            if probing:
+                assert probe.run() or fault not in FAULTS
+        return [tensor.tolist() for tensor in model.state_dict().values()] + [torch.get_rng_state().tolist()]
+
+    assert trained(True) == trained(False)
+
+
+def test_a_call_between_forward_and_backward_disturbs_no_gradient() -> None:
+    model = Net(nn.BatchNorm2d(3), nn.ReLU(inplace=True))
+    model.body[0].requires_grad_(True)
+    probe = Probe(Region(model))
+    gradients = []
+    for probing in (False, True):
+        model.zero_grad()
+        torch.manual_seed(0)
+        probe.arm()
+        loss = model(images()).square().sum()
+        if probing:
+            assert probe.run()
+        loss.backward()
+        gradients.append(model.body[0].weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+class Renormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4, max_norm=1.0)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.norm(self.table(ids))
+
+
+def test_a_layer_that_writes_to_its_parameters_writes_to_copies() -> None:
+    model = nn.ModuleDict({"body": Renormed(), "head": nn.Linear(4, 2)})
+    model["body"].requires_grad_(False)
+    model["body"].eval()
+    probe = Probe(Region(model))
+    probe.arm()
+    model["body"](torch.tensor([0, 1, 2]))
+    weight = model["body"].table.weight
+    weight.data.mul_(7)
+    bits, version = weight.clone(), weight._version
+    assert probe.run() == []
+    assert weight._version == version
+    assert torch.equal(weight, bits)
