@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from freezekit.audit.findings import Finding
 from freezekit.audit.live.region import Region
+from freezekit.audit.live.replica import is_compiled
 from freezekit.audit.live.sample import Sample
 from freezekit.audit.live.structures import NotProbedError
 from freezekit.audit.live.trial import Reference, Trial
@@ -20,6 +22,12 @@ __all__ = ["Probe"]
 
 _ROOM = 2**28
 """Bytes of inputs that are kept at a time; layers for which there is no room have their turn next time."""
+
+_TRIES = 3
+"""Forwards without any call after which no more are waited for: a compiled model may compile again."""
+
+_COMPILED = "Using `torch.compile.module.` when there are global hooks"
+"""What a compiled model says while a hook for all modules is there, though it never calls ours."""
 
 _STATELESS = (
     nn.Linear, nn.Bilinear, nn.Identity, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d,
@@ -61,6 +69,7 @@ class Probe:
         """Roots that were never called themselves: their children are probed in their place."""
         self._done: set[str] = set()
         """Layers probed in this round; each has its turn before any has its second."""
+        self._misses = 0
         self._whole: set[str] = set()
         self._reads: dict[tuple[str, tuple[bool, ...]], bool] = {}
         self._references: dict[str, Reference] = {}
@@ -68,22 +77,25 @@ class Probe:
     def arm(self) -> None:
         """Keep what the frozen layers are given in the next forward; :meth:`run` is to follow."""
         self.disarm()
+        if self._misses == _TRIES:
+            return
         try:
+            if any(is_compiled(module) for module in self.region.model.modules()):
+                raise NotProbedError("compiled")
             units = {name: unit for name, unit in self._units().items() if not _is_stateless(unit)}
         except Exception as reason:
-            self._note("the frozen part", reason)
+            self._note("", reason)
             return
         if not units.keys() - self._done:
             self._done.clear()
         self._armed = {id(unit): (name, unit) for name, unit in units.items() if name not in self._done}
         if self._armed:
+            warnings.filterwarnings("ignore", message=_COMPILED)
             self._hook = register_module_forward_pre_hook(self._catch)
 
     def disarm(self) -> None:
         """Keep nothing, and stop waiting for a forward."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._unhook()
         self._armed, self._caught = {}, {}
 
     def run(self) -> list[Finding]:
@@ -93,6 +105,7 @@ class Probe:
         """
         caught, missed = self._caught, [name for name, _ in self._armed.values()]
         self.disarm()
+        self._misses = 0 if caught else self._misses + 1 if missed else self._misses
         if missed and not caught:
             self._remember("not probed: no call was seen")
         elif missed:
@@ -147,9 +160,16 @@ class Probe:
                 self._caught[name] = module, Sample.of(module, args, kwargs, whole=name in self._whole)
         except Exception as reason:
             self._note(name, reason)
-        if not self._armed and self._hook is not None:
+        if not self._armed:
+            self._unhook()
+
+    def _unhook(self) -> None:
+        if self._hook is not None:
             self._hook.remove()
             self._hook = None
+            ours = [known for known in warnings.filters if getattr(known[1], "pattern", "") == _COMPILED]
+            for known in ours:
+                warnings.filters.remove(known)  # type: ignore[attr-defined]
 
     def _probe(self, name: str, layer: nn.Module, sample: Sample) -> list[Finding]:
         trial = Trial(layer, self.region.model, sample, partial(self._shares, name))

@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 from freezekit.audit.live.sample import Sample
 from freezekit.audit.live.structures import NotProbedError
 
-__all__ = ["Replica", "random_states", "randomness", "unnoticed"]
+__all__ = ["Replica", "is_compiled", "random_states", "randomness", "unnoticed"]
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
@@ -31,7 +31,7 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )  # fmt: skip
-_WRAPPERS = ("OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel", "DataParallel")
+_WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel")
 
 
 class Replica:
@@ -106,12 +106,17 @@ class _LocalBatchNorm(nn.SyncBatchNorm):
         pass
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether torch.compile was put on this very module."""
+    return (
+        type(module).__name__ == "OptimizedModule" or module.__dict__.get("_compiled_call_impl") is not None
+    )
+
+
 def _refuse(part: nn.Module) -> None:
     kind = type(part).__name__
     if isinstance(part, torch.jit.ScriptModule):
         raise NotProbedError("scripted")
-    if kind == "OptimizedModule" or part.__dict__.get("_compiled_call_impl") is not None:
-        raise NotProbedError("compiled")
     if kind in _WRAPPERS:
         raise NotProbedError(f"holds a {kind}, whose forward speaks to other processes")
     for tensor in (*part._parameters.values(), *part._buffers.values()):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import random
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import zoo
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 import freezekit
@@ -385,3 +388,350 @@ def test_a_layer_that_writes_to_its_parameters_writes_to_copies() -> None:
     assert probe.run() == []
     assert weight._version == version
     assert torch.equal(weight, bits)
+
+
+# ---- whatever a layer is given ----
+
+
+@dataclasses.dataclass
+class Given:
+    x: Tensor
+    scale: float
+
+
+class Cache:
+    """A plain object that a forward appends to, as transformers' cache of keys and values."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+
+
+class Eager(nn.Module):
+    """Takes what it is given apart, runs its norm, and gives back a structure."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.table = nn.Embedding(9, 4)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        total: Tensor = torch.zeros(())
+        for item in (*args, *kwargs.values()):
+            total = total + self.total(item)
+        return {"out": (self.norm(total), None), "given": Given(total, 2.0), "names": ["a", 1]}
+
+    def total(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return item if item.is_floating_point() else self.table(item)
+        if isinstance(item, dict):
+            return sum(self.total(held) for held in item.values())
+        if isinstance(item, (list, tuple)):
+            return sum(self.total(held) for held in item)
+        if isinstance(item, Given):
+            return item.x * item.scale
+        if isinstance(item, Cache):
+            item.held.append(torch.ones(1))
+            return float(len(item.held))
+        return 0.0
+
+
+INPUTS: dict[str, Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]] = {
+    "by name": lambda: ((), {"x": torch.randn(6, 4), "mask": None}),
+    "nested": lambda: (
+        ([torch.randn(6, 4), (torch.randn(6, 4), None, "a")],),
+        {"d": {"e": torch.randn(1, 4)}},
+    ),
+    "dataclass": lambda: ((Given(torch.randn(6, 4), 3.0),), {}),
+    "token ids": lambda: ((torch.randint(0, 9, (6,)),), {"flags": (torch.randn(6, 4), True, torch.float32)}),
+    "cache": lambda: ((torch.randn(6, 4),), {"cache": Cache()}),
+    "with a graph": lambda: ((torch.randn(6, 4, requires_grad=True) * 2,), {}),
+    "one row": lambda: ((torch.randn(1, 4),), {}),
+}
+
+
+@pytest.mark.parametrize("given", INPUTS)
+@pytest.mark.parametrize("training", [False, True])
+def test_inputs_of_every_kind(given: str, training: bool) -> None:
+    model = nn.ModuleDict({"body": Eager(), "head": nn.Linear(4, 2)})
+    zoo.scramble(model)
+    model["body"].requires_grad_(False)
+    training = training and given != "one row"
+    model["body"].train(training)
+    args, kwargs = INPUTS[given]()
+    probe = Probe(Region(model))
+    for _ in range(2):
+        probe.arm()
+        model["body"](*args, **kwargs)
+        found = probe.run()
+    if given == "cache":  # it was longer at the second call, in the loop too
+        assert len(kwargs["cache"].held) == 2
+    assert seen(found) == ([("FK201", "body.norm")] if training else [])
+    assert probe.notes == []
+
+
+def test_a_layer_called_several_times_a_forward() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.body(x)) + self.body(x.flip(2))
+
+    model = nn.ModuleDict({"inner": Twice(), "head": nn.Linear(3, 2)})
+    zoo.scramble(model)
+    model["inner"].requires_grad_(False)
+    for training, expected in ((True, [("FK201", "inner.body.1")]), (False, [])):
+        model["inner"].train(training)
+        probe = Probe(Region(model))
+        for _ in range(2):
+            probe.arm()
+            model["inner"](images())
+            found = probe.run()
+        assert (seen(found), probe.notes) == (expected, [])
+
+
+def test_layers_that_are_iterated_over_are_probed_one_by_one() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.ModuleList([nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)])
+            self.then = nn.Sequential(
+                nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), nn.Conv2d(3, 3, 1)
+            )
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in [*self.first, *self.then]:
+                x = layer(x)
+            return self.head(x.mean((2, 3)))
+
+    model = Listed()
+    model.first.requires_grad_(False)
+    model.then.requires_grad_(False)
+    found = [finding for times in (1, 2) for finding in probed(model, images(), times=times)[0]]
+    assert seen(found) == [("FK201", "first.0"), ("FK201", "then.0.1")]
+
+
+def test_a_batch_that_cannot_be_cut_is_probed_whole_the_next_time() -> None:
+    class Paired(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x.view(6, *x.shape[1:]))
+
+    model = Net(Paired())
+    assert probed(model, images()) == ([], [])
+    found, notes = probed(model, images(), times=2)
+    assert (seen(found), notes) == ([("FK201", "body.1.norm")], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast(dtype: torch.dtype, training: bool) -> None:
+    model = Net(nn.ReLU(), nn.BatchNorm2d(3), nn.Conv2d(3, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 3, 3))
+    model.train(training)
+    probe = Probe(Region(model))
+    for _ in range(3):
+        probe.arm()
+        with torch.autocast("cpu", dtype):
+            model(images().contiguous(memory_format=torch.channels_last))
+        found = probe.run()
+        assert seen(found) == ([("FK201", "body.2")] if training else [])
+    assert probe.notes == []
+
+
+def test_checkpointed_and_wrapped_models() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x.requires_grad_()
+            return self.head(checkpoint(self.body, x, use_reentrant=False).mean((2, 3)))
+
+    model = Checkpointed(nn.BatchNorm2d(3))
+    probe = Probe(Region(model))
+    probe.arm()
+    model(images()).sum().backward()
+    assert seen(probe.run()) == [("FK201", "body.1")]
+
+    wrapped = nn.DataParallel(Net(nn.BatchNorm2d(3)))
+    found, notes = probed(wrapped, images())
+    assert (seen(found), notes) == ([("FK201", "module.body.1")], [])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_compiled_model_is_neither_probed_nor_disturbed(first: bool) -> None:
+    graphs = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    model = Net(nn.BatchNorm2d(3))
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    if first:
+        compiled(images())
+    whole, inner = Probe(Region(compiled)), Probe(Region(model))
+    for probe in (inner, whole):
+        for _ in range(6):
+            filters = list(warnings.filters)
+            probe.arm()
+            compiled(images())
+            assert probe.run() == []
+            assert not nn.modules.module._global_forward_pre_hooks
+            assert warnings.filters == filters
+    assert whole.notes == ["not probed: the model (compiled)"]
+    assert inner.notes == ["not probed: no call was seen"]
+    assert len(graphs) <= (1 if first else 4)
+
+
+def test_a_model_frozen_whole() -> None:
+    model = Net(nn.BatchNorm2d(3)).requires_grad_(False)
+    assert seen(probed(model, images())[0]) == [("FK202", "drop"), ("FK201", "body.1")]
+    wrapped = nn.DataParallel(model)
+    assert seen(probed(wrapped, images())[0]) == [("FK202", "module.drop"), ("FK201", "module.body.1")]
+
+
+# ---- what cannot be probed ----
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class Once(nn.Module):
+    """Breaks when it is run a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.runs = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        if self.runs > 1:
+            raise RuntimeError("once is enough")
+        return self.norm(x)
+
+
+def borrowed() -> nn.Module:
+    """A forward put on a layer that runs the original's."""
+    layer = nn.BatchNorm2d(3)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x) * 2
+    return layer
+
+
+def roundabout() -> nn.Module:
+    layer = nn.Sequential(nn.BatchNorm2d(3))
+    holder = [layer[0]]
+
+    class Elsewhere(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return holder[0](x)
+
+    layer.append(Elsewhere())
+    return layer
+
+
+UNPROBED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "lock": (Locked, "cannot be copied: TypeError: cannot pickle"),
+    "once": (Once, "RuntimeError: once is enough"),
+    "borrowed forward": (borrowed, "forward was put on it"),
+    "roundabout": (roundabout, "its copy calls the original's layers"),
+}
+
+
+@pytest.mark.parametrize("layer", UNPROBED)
+def test_what_cannot_be_probed_is_said_once_and_breaks_nothing(layer: str) -> None:
+    make, why = UNPROBED[layer]
+    model = Net(make())
+    model.other = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)).requires_grad_(False)
+    probe = Probe(Region(model))
+    for _ in range(3):
+        if layer == "once":
+            model.body[1].runs = 0
+        probe.arm()
+        model.other(images(3))
+        model(images(3))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        found = probe.run()
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+        assert seen(found) == [("FK201", "other.1")]
+    (note,) = probe.notes
+    assert note.startswith(f"not probed: body ({why}")
+
+
+def test_a_model_of_which_nothing_is_called() -> None:
+    model = Net()
+    probe = Probe(Region(model))
+    assert probe.run() == []
+    probe.arm()
+    assert probe.run() == []
+    assert probe.notes == ["not probed: no call was seen"]
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_what_one_cannot_know_to_be_a_batch_is_no_finding() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)  # its first axis is the place in the line
+    model = nn.ModuleDict({"body": layer, "lstm": nn.LSTM(8, 8), "head": nn.Linear(8, 2)})
+    model["body"].requires_grad_(False)
+    model["lstm"].requires_grad_(False)
+    probe = Probe(Region(model))
+    for _ in range(2):
+        probe.arm()
+        model["lstm"](model["body"](torch.randn(5, 3, 8)))
+        assert probe.run() == []
+    assert [note.partition(":")[0] for note in probe.notes] == ["body.self_attn"]
+
+
+def test_rows_of_a_batch_exchanged_by_numbers_of_the_loop_alone() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(40, 4)
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, ids: Tensor, mask: Tensor, where: Tensor) -> Tensor:
+            assert set(ids.flatten().tolist()) <= {3, 17, 28, 39}
+            assert set(mask.flatten().tolist()) <= {0.0, float("-inf")}
+            assert set(where.flatten().tolist()) <= {7}
+            return self.norm((self.table(ids) + where[..., None]).sum(1).nan_to_num())
+
+    model = nn.ModuleDict({"body": Picky(), "head": nn.Linear(4, 2)})
+    model["body"].requires_grad_(False)
+    for batch in (1, 2, 5):
+        ids = torch.tensor([[3, 17], [39, 28], [17, 17], [28, 3], [3, 3]])[:batch]
+        mask = torch.tensor([[0.0, float("-inf")]]).expand(batch, 2)
+        model["body"].train(batch > 1)
+        probe = Probe(Region(model))
+        probe.arm()
+        model["body"](ids, mask, torch.full((1, 2), 7))
+        assert (seen(probe.run()), probe.notes) == ([("FK201", "body.norm")] if batch > 1 else [], [])
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_zoo_frozen_by_us_is_clean_and_frozen_by_hand_is_not(name: str) -> None:
+    model = zoo.make(name)
+    by_hand = copy.deepcopy(model)
+    freezekit.freeze_backbone(model)
+    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+        theirs.requires_grad_(ours.requires_grad)
+    assert probed(model.train(), zoo.images(name), times=2) == ([], [])
+    found, notes = probed(by_hand.train(), zoo.images(name))
+    assert notes == []
+    kinds = (nn.modules.batchnorm._BatchNorm, nn.Dropout, nn.MultiheadAttention, StochasticDepth)
+    for finding in found:
+        layer = by_hand.get_submodule(finding.name)
+        assert isinstance(layer, kinds)
+        assert finding.code == ("FK201" if isinstance(layer, kinds[0]) else "FK202")
+    norms = [n for n, m in by_hand.named_modules() if isinstance(m, kinds[0])]
+    assert [finding.name for finding in found if finding.code == "FK201"] == norms
