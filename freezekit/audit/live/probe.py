@@ -23,7 +23,7 @@ __all__ = ["Probe"]
 _ROOM = 2**28
 """Bytes of inputs that are kept at a time; layers for which there is no room have their turn next time."""
 
-_TRIES = 3
+_TRIES = 2
 """Forwards without any call after which no more are waited for: a compiled model may compile again."""
 
 _COMPILED = "Using `torch.compile.module.` when there are global hooks"
@@ -64,6 +64,9 @@ class Probe:
         """What could not be probed and why, each once."""
         self._armed: dict[int, tuple[str, nn.Module]] = {}
         self._caught: dict[str, tuple[nn.Module, Sample]] = {}
+        self._own: set[int] = set()
+        self._fired = False
+        """Whether any layer of the model was called."""
         self._hook: Any = None
         self._divided: set[str] = set()
         """Roots that were never called themselves: their children are probed in their place."""
@@ -89,6 +92,7 @@ class Probe:
         if not units.keys() - self._done:
             self._done.clear()
         self._armed = {id(unit): (name, unit) for name, unit in units.items() if name not in self._done}
+        self._own = {id(module) for module in self.region.model.modules()}
         if self._armed:
             warnings.filterwarnings("ignore", message=_COMPILED)
             self._hook = register_module_forward_pre_hook(self._catch)
@@ -96,21 +100,23 @@ class Probe:
     def disarm(self) -> None:
         """Keep nothing, and stop waiting for a forward."""
         self._unhook()
-        self._armed, self._caught = {}, {}
+        self._armed, self._caught, self._fired = {}, {}, False
 
     def run(self) -> list[Finding]:
         """Probe the layers whose inputs were kept and return what is wrong with them.
 
         It leaves no trace and never raises.
         """
-        caught, missed = self._caught, [name for name, _ in self._armed.values()]
+        caught, missed = self._caught, dict(self._armed.values())
+        fired = self._fired
         self.disarm()
-        self._misses = 0 if caught else self._misses + 1 if missed else self._misses
-        if missed and not caught:
-            self._remember("not probed: no call was seen")
-        elif missed:
+        if fired:
+            self._misses = 0
             self._done.update(missed)
             self._divide(missed)
+        elif missed:
+            self._misses += 1
+            self._remember("not probed: no call was seen")
         findings = []
         for name, (layer, sample) in caught.items():
             self._done.add(name)
@@ -137,10 +143,9 @@ class Probe:
             add(name, root)
         return units
 
-    def _divide(self, missed: list[str]) -> None:
+    def _divide(self, missed: dict[str, nn.Module]) -> None:
         """Look next time at the children of layers that were passed by, as when a list is iterated over."""
-        for name in missed:
-            module = self.region.model.get_submodule(name)
+        for name, module in missed.items():
             if any(True for _ in module.children()):
                 self._divided.add(name)
             else:
@@ -149,6 +154,7 @@ class Probe:
     def _catch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
+        self._fired = self._fired or id(module) in self._own
         if id(module) not in self._armed:
             return
         name, _ = self._armed.pop(id(module))
@@ -191,9 +197,10 @@ class Probe:
                 f"{_joined(name, path)}: what it gives for one row depends on the others in eval mode too; "
                 "they may be parts of one sample, so that is no finding"
             )
+        order = list(trial.parts)
         return [
             Finding(seen.code, _joined(name, path), seen.message, seen.fix, cause=seen.cause)
-            for path, seen in trial.found
+            for path, seen in sorted(trial.found, key=lambda item: order.index(item[0]))
         ]
 
     def _shares(self, name: str, trial: Trial, modes: dict[str, bool]) -> bool:
