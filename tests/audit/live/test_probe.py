@@ -780,6 +780,47 @@ def test_the_zoo_frozen_by_us_is_clean_and_frozen_by_hand_is_not(name: str) -> N
     assert [finding.name for finding in found if finding.code == "FK201"] == norms
 
 
+def test_hooks_of_the_user_are_neither_copied_nor_called() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+            self.calls = 0
+
+        def hook(self, *_: Any) -> None:
+            self.calls += 1
+
+    trainer = Trainer()
+    model = Net(nn.BatchNorm2d(3))
+    model.body[1].register_forward_hook(trainer.hook)
+    model.body.register_forward_pre_hook(trainer.hook)
+    found, notes = probed(model, images())
+    assert (seen(found), notes, trainer.calls) == ([("FK201", "body.1")], [], 2)
+
+
+def test_masked_attention_gives_the_same_in_both_modes() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"body": nn.TransformerEncoder(layer, 2), "head": nn.Linear(8, 2)})
+    model["body"].requires_grad_(False)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [2]])
+    probe = Probe(Region(model))
+    for _ in range(2):
+        probe.arm()
+        model["body"](torch.randn(3, 5, 8), src_key_padding_mask=mask)
+        assert (probe.run(), probe.notes) == ([], [])
+
+
+def test_within_autocast_of_the_loop_no_cast_without_gradient_stays_behind() -> None:
+    model = Net(nn.ReLU()).requires_grad_(True)
+    probe = Probe(Region(model, frozen="body.*"))
+    with torch.autocast("cpu", torch.bfloat16):
+        probe.arm()
+        model.eval()(images())
+        torch.clear_autocast_cache()
+        assert probe.run() == []
+        model(images()).sum().backward()
+    assert model.body[0].weight.grad is not None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
 def test_on_cuda(dtype: torch.dtype | None) -> None:
