@@ -46,7 +46,8 @@ def scramble(model: nn.Module) -> nn.Module:
             if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(0, 0.3)
                 module.running_var.uniform_(0.5, 2.0)
-                module.num_batches_tracked.fill_(int(torch.randint(1, 100, ())))
+                if getattr(module, "num_batches_tracked", None) is not None:
+                    module.num_batches_tracked.fill_(int(torch.randint(1, 100, ())))
     return model
 
 
