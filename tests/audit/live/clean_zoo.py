@@ -98,7 +98,8 @@ def wav2vec2() -> nn.Module:
     config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
                             conv_dim=(8, 8), conv_stride=(5, 4), conv_kernel=(10, 4),
                             num_feat_extract_layers=2, num_conv_pos_embeddings=4,
-                            num_conv_pos_embedding_groups=2, mask_time_prob=0.0, classifier_proj_size=8, num_labels=3)  # fmt: skip
+                            num_conv_pos_embedding_groups=2, mask_time_prob=0.0,
+                            classifier_proj_size=8, num_labels=3)  # fmt: skip
     return Wav2Vec2ForSequenceClassification(config)
 
 

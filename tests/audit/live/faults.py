@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import faults_decoys
 import faults_forward
 import faults_optimizer
 import faults_state
 from fault_scene import Fault
 
 FAULTS: dict[str, Fault] = {
-    fault.name: fault for part in (faults_forward, faults_optimizer, faults_state) for fault in part.FAULTS
+    fault.name: fault
+    for part in (faults_forward, faults_optimizer, faults_state, faults_decoys)
+    for fault in part.FAULTS
 }

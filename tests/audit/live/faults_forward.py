@@ -385,4 +385,22 @@ own = [
           "FK104 body.own.balance", TRAIN, "its forward writes to it in train mode"),
 ]  # fmt: skip
 
+
+def rounds_in_eval() -> bool:
+    """Tell whether this torch's InstanceNorm writes its statistics back in eval mode (2.6 does)."""
+    norm = nn.InstanceNorm1d(4, track_running_stats=True).eval()
+    norm(torch.randn(7, 4, 5))
+    return norm.running_mean._version > 0
+
+
+def eval_instance_norm() -> Scene:
+    made = norm2d(nn.InstanceNorm2d(4, track_running_stats=True, affine=True))
+    made.before = lambda s: setattr(s, "x", torch.randn(7, 4, 5, 5))
+    return made
+
+
+if rounds_in_eval():
+    own.append(Fault("InstanceNorm2d in eval mode", eval_instance_norm, "FK101 body.norm", OWN,
+                     "this torch writes the mean of seven copies back, rounded", norm=True))  # fmt: skip
+
 FAULTS = [*norms, *ways, *compiles, *functional, *recomputes, *own]

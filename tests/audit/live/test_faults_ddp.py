@@ -100,11 +100,11 @@ def told(name: str, mode: dict[str, Any]) -> Told:
     strike, wrapped, apart, *_ = ROWS[name]
     torch.manual_seed(0)
     s = scene(plain(), before=strike or other_forward)
+    ddp = DistributedDataParallel(s.model) if wrapped else None
     if apart:
         other_statistics(s)
         with torch.no_grad():
             s.model.body.lin.weight.add_(dist.get_rank())
-    ddp = DistributedDataParallel(s.model, init_sync=False) if wrapped else None
     auditor = DriftAuditor(s.model, s.optimizer, on_drift="record", **mode).attach()
     for step in range(1, GUILTY + 1):
         # only the guilty step runs wrapped, so that the first two send nothing
