@@ -186,6 +186,22 @@ def test_no_false_alarm_in_any_loop(loop: str) -> None:
     run("own layers", LOOPS[loop], "by hand", 20)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_anew_is_no_alarm(norm: Callable[[nn.Module], nn.Module]) -> None:
+    """Its layer keeps the result as a plain attribute; what it is computed from does not move."""
+    model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    with DriftAuditor(model, optimizer) as auditor, DriftAuditor(model, optimizer, watch="all"):
+        for _ in range(3):
+            model.train()
+            model[0].eval()
+            optimizer.zero_grad()
+            model(torch.randn(5, 4)).square().mean().backward()
+            optimizer.step()
+    assert auditor.report().clean
+
+
 @pytest.mark.parametrize("how", ["ours", "by hand"])
 def test_no_false_alarm_under_compile(how: str) -> None:
     run("resnet18", replace(LOOPS["AdamW, evaluation"], compile=True), how, 10)
