@@ -200,6 +200,22 @@ def test_the_figures() -> None:
             assert count["right"] >= 0.95 * count["faults"], mode
 
 
+@pytest.mark.parametrize("where", [0.0, 0.37, 1.0])
+def test_every_part_of_every_parameter_has_its_turn(where: float) -> None:
+    """A byte flipped without a trace, in any parameter at any phase of the rolling compare."""
+    sizes = (7, 64, 3001, 70_000, 300_001, 520_000, 128)
+    model = nn.ParameterList(nn.Parameter(torch.randn(size), requires_grad=False) for size in sizes)
+    for phase, (size, parameter) in enumerate(zip(sizes, model, strict=True)):
+        auditor = DriftAuditor(model, on_drift="record")
+        for _ in range(3 * phase):
+            assert auditor.check() == []
+        storage = parameter.untyped_storage()
+        byte = int(where * (4 * size - 1))
+        storage[byte] = storage[byte] ^ 1
+        found = [finding for _ in range(WINDOW) for finding in auditor.check()]
+        assert [(f.code, f.name) for f in found] == [("FK103", str(phase))]
+
+
 def test_the_matrix_is_large_enough() -> None:
     assert len(FAULTS) >= 50
     assert sum(not fault.hint for fault in FAULTS.values()) >= 3
