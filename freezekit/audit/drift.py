@@ -167,7 +167,8 @@ def _compare_tensor(name: str, before: TensorState | None, after: TensorState | 
     problem = compare_structure(name, before, after)
     if problem is not None or before is None or after is None or same_bits(before, after):
         return problem
-    code, what = ("FK103", "parameter") if before.role == "parameter" else ("FK104", "buffer")
+    code = "FK103" if before.role == "parameter" else "FK104"
+    what = before.role if before.role in ("parameter", "attribute") else "buffer"
     if before.sha256 is not None:
         why = f": it cannot be read ({after.unsupported})" if after.unsupported else ""
         return _finding(code, name, f"{what} is not what was frozen{why}")

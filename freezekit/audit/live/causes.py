@@ -3,45 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from freezekit.audit.findings import Cause
+from freezekit.audit.live.change import Change
 from freezekit.audit.live.evidence import Event, Pass, Recorder
-from freezekit.audit.live.region import Place, Region
+from freezekit.audit.live.region import Region
 from freezekit.audit.live.steps import Step, Touch
 
-__all__ = ["Change", "Witness"]
+__all__ = ["Witness"]
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Change:
-    """A frozen tensor that is not what it was, and what can be seen of it from outside.
-
-    Args:
-        place: where it is.
-        tensor: what is there now, ``None`` if nothing is.
-        before: the frozen value, ``None`` if only a digest of it is kept.
-        what: ``"value"``, ``"missing"``, ``"added"``, ``"shape"``, ``"dtype"`` or ``"device"``.
-        replaced: whether another tensor object is under the name.
-        rebased: whether it is the same object with other storage, as ``.data =`` leaves it.
-        writes: how many writes torch has counted since it was last seen unchanged.
-        since: :attr:`Witness.now` at the look at which it was last seen unchanged.
-    """
-
-    place: Place
-    tensor: Tensor | None
-    before: Tensor | None
-    what: str
-    replaced: bool
-    rebased: bool
-    writes: int
-    since: int
 
 
 class Witness:
@@ -124,9 +100,10 @@ class Witness:
         forwards = [*self._forwards(change, passes)]
         yield from forwards
         if change.replaced or change.what in ("missing", "added"):
-            lines = [e for e in moving if e.kind == "assignment"]
+            assigned = [e for e in events if e.kind == "assignment"]
+            lines = [e for e in assigned if e.has_moved(name)]
             # a forward may have replaced it, and if it is compiled nobody saw it
-            if not forwards and (lines or self._writes_are_from_outside(change, passes)):
+            if not forwards and (lines or (not assigned and self._writes_are_from_outside(change, passes))):
                 yield _assigned(change, lines)
             return
         if change.what in ("dtype", "device"):
@@ -152,6 +129,8 @@ class Witness:
 
     def _last_resort(self, change: Change) -> Cause:
         """Say that it was written to behind torch's back where nothing else can have been, or unknown."""
+        if change.replaced:
+            return Cause("unknown")  # what was put there was the same, and torch's count is another
         passes, name = self._passes(change), change.place.name
         steps = [s for s in self._recorder.steps.done if s.interval > change.since and name in s.touches]
         if any(step.touches[name].may_have_moved for step in steps):
@@ -292,8 +271,9 @@ def _by_layer(changes: list[Change]) -> dict[int, dict[str, Change]]:
 
 def _may_be_a_hook(change: Change, moving: list[Pass]) -> bool:
     layer = change.place.owner
-    if not layer._forward_hooks and not layer._forward_pre_hooks:
-        return False
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    if all(type(hook).__module__.startswith("torch.") for hook in hooks):
+        return False  # such as spectral_norm's, which are part of the layer
     if isinstance(layer, _NormBase) and change.place.role in _STATS[:2]:
         return any(record.writes.get(change.place.name) for record in moving)  # its kernel counts none
     return not isinstance(layer, _NormBase)

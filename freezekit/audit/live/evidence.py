@@ -178,6 +178,8 @@ class Recorder:
     def suspect(self, owner: nn.Module) -> None:
         """Watch the calls of a layer from now on, whatever its mode."""
         key = id(owner)
+        if key not in self.owners:
+            return  # it was put in place of a layer
         self._suspects.add(key)
         self._quiet.pop(key, None)
         if self.attached:
@@ -190,7 +192,7 @@ class Recorder:
             return
         if name != "training":
             if any(place.key == name and place.role == "attribute" for place in self.places[id(module)]):
-                self._assigned(module, name)
+                self._assigned(module, name, value)
             return
         if value and not (state.on and state.where):
             state.where = user_line()
@@ -200,13 +202,17 @@ class Recorder:
             state.on = bool(value)
             self._arm_if_it_may_write(id(module))
 
-    def _registered(self, module: nn.Module, name: str, _: object) -> None:
-        """Note that a parameter or buffer was assigned: every way to do so ends there."""
+    def _registered(self, module: nn.Module, name: str, value: object) -> None:
+        """Note that a parameter or buffer is about to be assigned: every way to do so ends there."""
         if not torch.compiler.is_compiling() and id(module) in self.owners:
-            self._assigned(module, name)
+            self._assigned(module, name, value)
 
-    def _assigned(self, module: nn.Module, key: str) -> None:
-        names = {place.name: Trace(0, True) for place in self.places[id(module)] if place.key == key}
+    def _assigned(self, module: nn.Module, key: str, value: object) -> None:
+        names = {
+            place.name: Trace(0, not _is_the_same(place.tensor(), value))
+            for place in self.places[id(module)]
+            if place.key == key
+        }
         if names:
             self.collectives.clear()
             self.events.append(Event("assignment", self.now, user_line(), "", names))
@@ -341,6 +347,15 @@ def _add_flag(flags: list[Tensor | bool], flag: Tensor | bool) -> None:
         flags[-1] = last | flag
     elif last is not True:
         flags.append(flag)
+
+
+def _is_the_same(old: Tensor | None, new: object) -> bool:
+    """Tell whether a tensor that takes the place of another has its values; this may wait for the device."""
+    if old is None or not isinstance(new, Tensor) or old.numel() > _WHOLE:
+        return new is old
+    seen = bits(old), bits(new)
+    unlike = None if seen[0] is None or seen[1] is None else differ(seen[0], seen[1])
+    return unlike is not None and not bool(unlike)
 
 
 def _is_home_made(module: nn.Module) -> bool:

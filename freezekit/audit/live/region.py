@@ -12,7 +12,7 @@ from freezekit.audit.state import Role
 from freezekit.errors import FreezekitError
 from freezekit.patterns import select
 
-__all__ = ["Place", "Region", "is_norm", "places"]
+__all__ = ["Place", "Region", "is_norm", "layer_of", "places"]
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -82,6 +82,8 @@ def places(model: nn.Module) -> dict[str, Place]:
 def _attributes(prefix: str, module: nn.Module) -> Iterator[Place]:
     """Yield the tensors held as plain attributes; a result kept with its graph is no state."""
     for key, value in vars(module).items():
+        if f"{key}_orig" in module._parameters or f"{key}_g" in module._parameters:
+            continue  # computed anew at each forward, by a hook that torch.nn.utils puts on it
         if isinstance(value, Tensor):
             items: Iterable[tuple[int | str | None, object]] = [(None, value)]
         elif key in _OF_MODULE:
@@ -141,9 +143,9 @@ class Region:
             self.scope += ", norm layers only"
         if not names:
             raise FreezekitError(
-                "no norm layer is frozen"
+                "no norm layer in the model is frozen"
                 if norm
-                else "nothing is frozen: every parameter requires a gradient",
+                else "nothing in the model is frozen: every parameter requires a gradient",
                 where="model",
                 got=type(model).__name__,
                 remedy="watch='all'"
@@ -154,8 +156,8 @@ class Region:
         """Where the frozen tensors are, by name."""
         self.known = frozenset(everything)
         """Names of all tensors that the model had."""
-        loose = {_layer(everything[name]) for name in self.known.difference(names)}
-        self.layers = {_layer(place) for place in self.places.values()} - loose
+        loose = {layer_of(everything[name]) for name in self.known.difference(names)}
+        self.layers = {layer_of(place) for place in self.places.values()} - loose
         """Names of the layers that are frozen whole, to which nothing may be added."""
 
     @property
@@ -182,7 +184,8 @@ def is_norm(module: nn.Module) -> bool:
     )
 
 
-def _layer(place: Place) -> str:
+def layer_of(place: Place) -> str:
+    """Return the name of the module that has the tensor."""
     own = place.key if place.item is None else f"{place.key}.{place.item}"
     return place.name.removesuffix(own).rstrip(".")
 
@@ -193,7 +196,7 @@ def _inferred(model: nn.Module, everything: dict[str, Place]) -> tuple[list[str]
     layers = {path: _is_frozen(path, modules) for path in modules}
     names, unclear = [], []
     for name, place in everything.items():
-        of_frozen_layer = layers[_layer(place)]
+        of_frozen_layer = layers[layer_of(place)]
         tensor = place.tensor()
         frozen = of_frozen_layer
         if place.role == "parameter":

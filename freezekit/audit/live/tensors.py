@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["bits", "differ", "pointer", "sample", "version"]
+__all__ = ["INTS", "bits", "differ", "pointer", "sample", "version"]
 
-_INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def version(tensor: Tensor) -> int:
@@ -32,7 +32,7 @@ def bits(tensor: Tensor) -> Tensor | None:
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
         return None
     try:
-        return tensor.view(_INTS[tensor.element_size()])
+        return tensor.view(INTS[tensor.element_size()])
     except (RuntimeError, KeyError):  # a subclass that has no views
         return None
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ import zoo
 from torch import nn
 
 import freezekit
-from freezekit import DriftAuditor, DriftError, DriftWarning, FreezekitError, SelectionError
+from freezekit import DriftAuditor, DriftError, DriftWarning, Finding, FreezekitError, SelectionError
+from freezekit.audit.findings import CAUSES
 
 
 class Counting(nn.Module):
@@ -45,6 +47,11 @@ def model_and_optimizer(freeze: str = "naive") -> tuple[nn.ModuleDict, torch.opt
     return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
 
+def kind(finding: Finding) -> str:
+    assert finding.cause is not None
+    return finding.cause.kind
+
+
 def step(model: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
     model.train()
     optimizer.zero_grad()
@@ -64,7 +71,8 @@ def test_naive_freezing_is_caught_at_the_first_step_and_explained() -> None:
         ("FK101", "bn", 1),
         ("FK104", "own.seen", 1),
     ]
-    assert report.findings[0].message.endswith("over 3 batches; in train mode")
+    assert report.findings[0].message.endswith("over 3 batches")
+    assert [kind(f) for f in report.findings] == ["train-mode forward"] * 2
     assert "freeze_backbone" in report.findings[0].fix
     assert report.changed == ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked", "own.seen")
     (layer,) = report.layers
@@ -370,7 +378,7 @@ def test_statistics_that_became_nan_are_said_to_be() -> None:
         model["bn"].train()(torch.full((4, 3), torch.nan))
         optimizer.step()
     found = {f.code: f.message for f in auditor.report().findings}
-    assert found["FK101"] == "running statistics changed over 1 batch; in train mode"
+    assert found["FK101"] == "running statistics changed over 1 batch"
     assert found["FK401"] == "6 of 6 values are NaN or infinite"
 
 
@@ -406,20 +414,98 @@ def test_the_size_of_the_drift_uses_the_layers_own_eps() -> None:
 
 def test_eval_mode_is_not_called_train_mode() -> None:
     model, optimizer = model_and_optimizer("ours")
-    auditor = DriftAuditor(model, optimizer, on_drift="record")
-    model["bn"].running_mean[1] += 2
-    (finding,) = auditor.check()
-    assert "train mode" not in finding.message
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model["bn"].running_mean[1] += 2
+        (finding,) = auditor.check()
+    assert kind(finding) == "write"
 
 
 def test_the_mode_told_is_that_of_the_layer() -> None:
     model, optimizer = model_and_optimizer()
-    auditor = DriftAuditor(model, optimizer, on_drift="record")
-    model.eval()
-    model["bn"].train()
-    model["bn"](torch.randn(4, 3))
-    (finding,) = auditor.check()
-    assert finding.message.endswith("; in train mode")
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model.eval()
+        model["bn"].train()
+        model["bn"](torch.randn(4, 3))
+        (finding,) = auditor.check()
+    assert kind(finding) == "train-mode forward"
+
+
+@pytest.mark.parametrize("watch", ["rolling", "all", "norm"])
+@pytest.mark.parametrize("snapshot", ["copy", "digest"])
+@pytest.mark.parametrize("keep", ["device", "host"])
+def test_every_way_to_watch_sees_the_naive_freeze(watch: Any, snapshot: Any, keep: Any) -> None:
+    for how in ("naive", "ours"):
+        model, optimizer = model_and_optimizer(how)
+        with DriftAuditor(
+            model, optimizer, on_drift="record", watch=watch, snapshot=snapshot, keep=keep
+        ) as auditor:
+            for _ in range(2):
+                step(model, optimizer)
+        report = auditor.report()
+        assert report.clean == (how == "ours")
+        assert report.compared == (5 if watch == "norm" else 10)
+        if how == "naive":
+            finding = report.findings[0]
+            assert (finding.code, finding.name, finding.step) == ("FK101", "bn", 1)
+            assert kind(finding) == "train-mode forward"
+            assert ("sigma" in finding.message) == (snapshot == "copy")
+            moments = report.layers[0].timeline
+            assert [moment.step for moment in moments] == [1, 2]
+            assert [m.num_batches_tracked for m in moments] == [
+                report.layers[0].num_batches_tracked - 1,
+                report.layers[0].num_batches_tracked,
+            ]
+            assert all((m.mean_shift_sigma is None) == (snapshot == "digest") for m in moments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("snapshot", ["copy", "digest"])
+def test_a_move_to_another_device_is_a_warning(snapshot: Any) -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer, snapshot=snapshot) as auditor:
+        model["bn"].cuda()
+        with pytest.warns(DriftWarning, match="FK106 bn.weight at step 0: was moved from cpu to cuda:0"):
+            auditor.check()
+    report = auditor.report()
+    assert report.clean
+    assert {f.code for f in report.findings} == {"FK106"}
+    assert {kind(f) for f in report.findings} == {"move"}
+
+
+def test_the_fix_is_that_of_the_cause() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model["lin"].weight = nn.Parameter(torch.randn(3, 3), requires_grad=False)
+        (finding,) = auditor.check()
+    assert (finding.code, kind(finding)) == ("FK103", "assignment")
+    assert finding.fix == CAUSES["assignment"]
+    assert finding.cause is not None
+    assert finding.cause.where is not None
+    assert "test_monitor.py" in finding.cause.where
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"watch": "some"}, "watch=: unknown way to watch .got 'some'.. Remedy: 'rolling', 'all' or 'norm'"),
+        ({"keep": "disk"}, "keep=: unknown place .got 'disk'.. Remedy: 'device' or 'host'"),
+        ({"snapshot": True}, "snapshot=: unknown kind of snapshot .got True"),
+        ({"probe": 0}, "probe=: not a number of steps .got 0"),
+        ({"every": True}, "every=: not a number of steps .got True"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with pytest.raises(FreezekitError, match=message):
+        DriftAuditor(model, optimizer, **options)
+
+
+def test_no_norm_layer_is_frozen() -> None:
+    model, optimizer = model_and_optimizer("not at all")
+    model["lin"].requires_grad_(False)
+    with pytest.raises(FreezekitError, match=r"no norm layer in the model is frozen.*watch='all'"):
+        DriftAuditor(model, optimizer, watch="norm")
 
 
 def test_tied_tensors_are_watched_under_each_name() -> None:
