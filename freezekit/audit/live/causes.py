@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from freezekit.audit.findings import Cause
 from freezekit.audit.live.change import Change
@@ -84,7 +84,7 @@ class Witness:
     def _cause(self, change: Change, stats: dict[str, Change]) -> Cause:
         found = [*self._proofs(change, stats)]
         if not found:
-            return self._last_resort(change)
+            return self._last_resort(change, stats)
         others = dict.fromkeys(c.kind for c in found if c.kind != found[0].kind)
         if not others:
             return found[0]
@@ -103,7 +103,7 @@ class Witness:
             assigned = [e for e in events if e.kind == "assignment"]
             lines = [e for e in assigned if e.has_moved(name)]
             # a forward may have replaced it, and if it is compiled nobody saw it
-            if not forwards and (lines or (not assigned and self._writes_are_from_outside(change, passes))):
+            if not forwards and (lines or (not assigned and self._is_from_outside(change, stats, passes))):
                 yield _assigned(change, lines)
             return
         if change.what in ("dtype", "device"):
@@ -122,12 +122,12 @@ class Witness:
                 yield averaged
             elif self._compiled_forward(change, stats, passes):
                 yield self._of_mode(change, "train-mode forward")
-            elif self._writes_are_from_outside(change, passes):
+            elif self._is_from_outside(change, stats, passes):
                 yield Cause("write", f"{count} counted write{'' if count == 1 else 's'}")
         elif self._compiled_forward(change, stats, passes):
             yield self._of_mode(change, "train-mode forward")
 
-    def _last_resort(self, change: Change) -> Cause:
+    def _last_resort(self, change: Change, stats: dict[str, Change]) -> Cause:
         """Say that it was written to behind torch's back where nothing else can have been, or unknown."""
         if change.replaced:
             return Cause("unknown")  # what was put there was the same, and torch's count is another
@@ -135,7 +135,7 @@ class Witness:
         steps = [s for s in self._recorder.steps.done if s.interval > change.since and name in s.touches]
         if any(step.touches[name].may_have_moved for step in steps):
             return Cause("unknown")
-        if self._unaccounted(change) <= 0 and self._writes_are_from_outside(change, passes):
+        if self._unaccounted(change) <= 0 and self._is_from_outside(change, stats, passes):
             return Cause("write", "past torch's counter of writes: .data, numpy or C++")
         return Cause("unknown")
 
@@ -210,7 +210,7 @@ class Witness:
             return False
         return counter.writes > 0 and all(stats[s].writes in (0, counter.writes) for s in _STATS[:2])
 
-    def _writes_are_from_outside(self, change: Change, passes: list[Pass]) -> bool:
+    def _is_from_outside(self, change: Change, stats: dict[str, Change], passes: list[Pass]) -> bool:
         """Tell whether no forward that could not be watched may have written to it."""
         if change.place.role == "parameter":
             return True
@@ -218,7 +218,7 @@ class Witness:
         if watched:
             return True
         if isinstance(change.place.owner, _NormBase):
-            return not self._was_training(change)
+            return not self._was_training(change) or _is_no_forward(change, stats)
         return (change.writes > 0 or change.replaced) and not self._was_training(change)
 
     def _averaged(self, change: Change) -> Cause | None:
@@ -259,6 +259,29 @@ def _shrunk(before: Tensor | None, now: Tensor | None) -> bool:
     factor = float((old * new).sum()) / size
     slack = 64 * torch.finfo(now.dtype).eps * old.abs()
     return 0 < factor < 1 and bool(((new - factor * old).abs() <= slack).all())
+
+
+def _is_no_forward(change: Change, stats: dict[str, Change]) -> bool:
+    """Tell whether torch's own batch norm cannot have done this in a forward, whatever its mode.
+
+    Its forward adds 1 to the counter, in one counted write, and moves both statistics in writes that nobody
+    counts; the same kernel called from elsewhere leaves the counter alone.
+    """
+    layer = change.place.owner
+    if not isinstance(layer, _BatchNorm) or not type(layer).__module__.startswith("torch.nn."):
+        return False
+    if change.what == "missing":
+        return True
+    if change.writes < 1 or layer._buffers.get("num_batches_tracked") is None:
+        return False
+    counter = stats.get("num_batches_tracked")
+    if counter is None:
+        return True
+    if set(stats) == {"num_batches_tracked"}:
+        return layer.momentum != 0
+    if counter.tensor is None or counter.before is None:
+        return False
+    return int(counter.tensor) - int(counter.before) != counter.writes
 
 
 def _by_layer(changes: list[Change]) -> dict[int, dict[str, Change]]:
