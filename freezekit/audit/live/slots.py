@@ -65,6 +65,14 @@ class Slot:
         """Return a tensor's bits in the order in which the frozen ones are kept."""
         return bits_of(tensor.permute(self._order) if len(self._order) > 1 else tensor)
 
+    def has_gone(self) -> bool:
+        """Tell whether something else is in its place than at the last look: as a rule another tensor."""
+        now = self.place.tensor()
+        if now is None or self.tensor is None or now is not self.tensor:
+            return now is not self.tensor
+        here = "shape" if now.shape != self.shape else "dtype" if now.dtype != self.dtype else "value"
+        return pointer(now) != self.pointer or here != (self.what if self.what != "device" else "value")
+
     def take(self, tensor: Tensor | None) -> None:
         """Note the tensor that is there now, and in what it is not the one that was frozen."""
         if tensor is not self.tensor:

@@ -7,17 +7,19 @@ where there is one, and otherwise in turns, so that all of them have been compar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from freezekit.audit.live.change import Change
-from freezekit.audit.live.kept import Kept
-from freezekit.audit.live.region import Region, layer_of, places
+from freezekit.audit.live.kept import Kept, is_plain
+from freezekit.audit.live.region import Place, Region, layer_of, places
 from freezekit.audit.live.slots import Joined, Slot
+from freezekit.audit.live.standing import Standing
 from freezekit.audit.live.tensors import version
 
 __all__ = ["WINDOW", "Snapshot"]
@@ -27,9 +29,10 @@ WINDOW = 20
 
 _SMALL = 1 << 16  # bytes; larger ones cost more to join than to compare by themselves
 _LEAST = 1 << 18  # bytes compared in turns at each look: less would cost as much
-_SAMPLES = 16
+_SAMPLES = 4
 
 _Answer: TypeAlias = "tuple[Iterable[Slot], Tensor | bool]"
+_Asked: TypeAlias = "tuple[Iterable[Slot], Callable[[], Tensor | bool]]"
 
 
 class Snapshot:
@@ -50,14 +53,18 @@ class Snapshot:
 
     def __init__(self, region: Region, *, turns: bool, digest: bool = False, host: bool = False) -> None:
         self.region = region
-        self.looks = self._clock = 0
+        self._clock = 0
         self._options = {"digest": digest, "host": host}
         self._moved: set[Slot] = set()
         found = ((place, place.tensor()) for place in region.places.values())
         self.slots = {place.name: Slot(place, tensor) for place, tensor in found if tensor is not None}
+        self._added: list[Place] = []
+        self._standing: Standing
+        self._counts: list[int] = []
         with torch.no_grad():
             self._keep(turns)
         self._locate()
+        self._stand()
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +72,7 @@ class Snapshot:
         rows = [kept.row for slot in self.slots.values() for _, _, kept in slot.pieces]
         rows += [slot.whole for slot in self.slots.values() if slot.whole is not None]
         rows += [kept.row for _, _, kept in self._samples]
-        rows += [group.kept.row for group in self._joined]
+        rows += [group.kept.row for group in (*self._joined, *self._joined_in_turns)]
         storages = {row.untyped_storage()._cdata: row.untyped_storage() for row in rows}
         return sum(storage.nbytes() for storage in storages.values())
 
@@ -77,49 +84,61 @@ class Snapshot:
             full: compare large parameters too, and not in turns.
         """
         last, self._clock = self._clock, now
-        self.looks += 1
         with torch.no_grad():
-            if not self._is_in_place():
-                self._locate()
             hinted = self._take()
+            counts = self._standing.counts()
+            if counts[: self._counted] != self._counts[: self._counted]:
+                pairs = zip(self._standing.slots, counts[: self._counted], self._counts, strict=False)
+                hinted |= dict.fromkeys(slot for slot, count, before in pairs if count != before)
             moved = self._compare(hinted, full)
         moved |= {slot for slot in hinted if slot.what == "device"}
-        changes = (
-            [
-                self._change(s, last if s in hinted or s not in self._turning else now - WINDOW)
-                for s in self.slots.values()
-                if s in moved
+        changes = []
+        if hinted or moved:
+            self._write_down()
+            certain = hinted.keys() | (set(self.slots.values()) - self._turning)
+            changes = [
+                self._change(slot, last if slot in certain else now - WINDOW)
+                for slot in self.slots.values()
+                if slot in moved
             ]
-            if moved
-            else []
-        )
-        self._settle(moved)
+            for slot in set(self.slots.values()) - moved:
+                slot.replaced = slot.rebased = False
+                slot.since = None
+        self._counts = counts
+        if moved:
+            self._counts = [
+                slot.version if slot in moved else count
+                for slot, count in zip(self._standing.slots, counts, strict=True)
+            ]
+        self._moved = moved
         return changes + [Change(p, p.tensor(), None, "added", True, False, 0, last) for p in self._added]
 
     def _keep(self, turns: bool) -> None:
         """Keep the bits of every tensor, and sort out how each is to be compared."""
-        joined: dict[Any, list[Slot]] = {}
+        rows: dict[Any, list[Slot]] = {}
         self._alone: list[Slot] = []
         self._in_turns: list[Slot] = []
         first: dict[int, Slot] = {}
         for slot in self.slots.values():
-            if slot.plain and slot.nbytes <= _SMALL and len(slot.shape) < 2:
-                joined.setdefault((slot.device, slot.dtype, len(slot.shape)), []).append(slot)
-                continue
             takes_turns = turns and slot.plain and slot.place.role == "parameter"
+            if slot.plain and slot.nbytes <= _SMALL and len(slot.shape) < 2:
+                rows.setdefault((takes_turns, slot.device, slot.dtype, len(slot.shape)), []).append(slot)
+                continue
             (self._in_turns if takes_turns else self._alone).append(slot)
             tied = first.setdefault(id(slot.tensor), slot)
             if tied is slot:
                 slot.keep(**self._options)
             slot.pieces, slot.whole = tied.pieces, tied.whole
-        self._joined = [Joined(slots, **self._options) for slots in joined.values()]
-        self._turning = set(self._in_turns)
-        self._group = {slot: group for group in self._joined for slot in group.slots}
+        joined = {key: Joined(slots, **self._options) for key, slots in rows.items()}
+        self._joined = [group for (takes_turns, *_), group in joined.items() if not takes_turns]
+        self._joined_in_turns = [group for (takes_turns, *_), group in joined.items() if takes_turns]
+        self._group = {slot: group for group in joined.values() for slot in group.slots}
+        self._turning = {*self._in_turns, *(slot for group in self._joined_in_turns for slot in group.slots)}
         self._line_up()
 
     def _line_up(self) -> None:
-        """Line up the pieces that are compared in turns, and a few values of each tensor."""
-        self._queue: list[tuple[Slot, Tensor, Kept]] = []
+        """Line up what is compared in turns, and a few values of each large tensor."""
+        self._queue: list[tuple[int, _Asked]] = []
         self._next = 0
         self._out_of_line: list[Slot] = []
         samples: dict[Any, tuple[list[Slot], list[Tensor]]] = {}
@@ -128,108 +147,92 @@ class Snapshot:
             if row is None or row.data_ptr() != slot.pointer:  # a copy would not show what happens
                 self._out_of_line.append(slot)
                 continue
-            self._queue += [(slot, row[start:stop], kept) for start, stop, kept in slot.pieces]
+            for start, stop, kept in slot.pieces:
+                size = (stop - start) * row.element_size()
+                self._queue.append((size, ((slot,), partial(kept.differs, row[start:stop]))))
             slots, views = samples.setdefault((row.device, row.dtype), ([], []))
             slots.append(slot)
             views.append(row[:: max(1, row.numel() // _SAMPLES)][:_SAMPLES])
-        waiting = sum(bits.numel() * bits.element_size() for _, bits, _ in self._queue)
-        self._quota = max(_LEAST, -(-waiting // WINDOW))
+        for group in self._joined_in_turns:
+            self._queue.append((sum(slot.nbytes for slot in group.slots), (group.slots, group.differs)))
+        self._quota = max(_LEAST, -(-sum(size for size, _ in self._queue) // WINDOW))
         # of a tensor put in another's place these are not the frozen values: that costs looks in vain
         self._samples = [(*both, Kept(torch.cat(both[1]), **self._options)) for both in samples.values()]
 
     def _locate(self) -> None:
         """Find every tensor's place in the model as it is now."""
         model, empty = self.region.model, nn.Module()
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._links = [
-            (m._modules, key, child) for m in modules.values() for key, child in m._modules.items()
-        ]
-        whole = [modules[path] for path in self.region.layers & modules.keys()]
-        books: list[dict[str, Any]] = [book for m in whole for book in (m._parameters, m._buffers)]
-        self._books = [(book, len(book)) for book in books]
-        self._gaps = [(book, key) for book in books for key, held in book.items() if held is None]
-        self._wires: list[tuple[Slot, dict[str, Any], str]] = []
-        self._odd: list[Slot] = []
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         for slot in self.slots.values():
-            owner = modules.get(layer_of(slot.place), empty)
+            owner = self._modules.get(layer_of(slot.place), empty)
             if owner is not slot.place.owner:
                 slot.place = replace(slot.place, owner=owner)
-            if slot.plain and slot.place.role != "attribute":
-                book = owner._parameters if slot.place.role == "parameter" else owner._buffers
-                self._wires.append((slot, book, slot.place.key))
-            else:
-                self._odd.append(slot)
-        self._added = []
-        if self.looks:
-            self._added = [
-                place
-                for name, place in places(model).items()
-                if name not in self.region.known
-                and place.role != "attribute"  # a cache, as a rule
-                and layer_of(place) in self.region.layers
-            ]
+        self._added = [
+            place
+            for name, place in places(model).items()
+            if name not in self.region.known
+            and place.role != "attribute"  # a cache, as a rule
+            and layer_of(place) in self.region.layers
+        ]
 
-    def _is_in_place(self) -> bool:
-        """Tell whether the modules are those that were located, with tensors under the same names."""
-        return (
-            all(book.get(key) is child for book, key, child in self._links)
-            and all(len(book) == size for book, size in self._books)
-            and all(book[key] is None for book, key in self._gaps)
-            and not any(place.tensor() is None for place in self._added)
+    def _stand(self) -> None:
+        """Note where everything is; what takes turns comes first, as its counts of writes are hints."""
+        noted = [slot for slot in self.slots.values() if slot.plain and slot.place.role != "attribute"]
+        there = [slot for slot in noted if slot.tensor is not None and is_plain(slot.tensor)]
+        there.sort(key=lambda slot: slot not in self._turning)
+        self._counted = sum(slot in self._turning for slot in there)
+        self._counts = [slot.version for slot in there]
+        noticed = set(there)
+        self._odd = [slot for slot in self.slots.values() if slot not in noticed]
+        self._standing = Standing(
+            self._modules,
+            [self._modules[path] for path in self.region.layers & self._modules.keys()],
+            there,
+            [slot for slot in there if slot not in self._group],
         )
 
     def _take(self) -> dict[Slot, None]:
         """Take the tensors that are there now, and return those that may differ, or did."""
-        hinted: dict[Slot, None] = {}
-        for slot, book, key in self._wires:
-            tensor = book.get(key)
-            if (
-                tensor is not slot.tensor
-                or tensor is None
-                or tensor.data_ptr() != slot.pointer
-                or tensor.shape != slot.shape
-                or tensor.dtype is not slot.dtype
-            ):
-                hinted[slot] = None
-        hinted |= dict.fromkeys(slot for slot in self._odd if slot.place.tensor() is not slot.tensor)
-        hinted |= dict.fromkeys(self._moved)
-        relined = False
-        for slot in hinted:
-            slot.take(slot.place.tensor())
-            if slot in self._group:
-                self._group[slot].retake()
-            relined |= slot in self._turning
-        if relined:
-            self._line_up()
-        for slot in self._in_turns:
-            if slot.tensor is not None and slot.tensor._version != slot.version:
-                hinted[slot] = None
-        return hinted
+        located = self._standing.has_modules() and all(place.tensor() is not None for place in self._added)
+        if not located:
+            self._locate()
+        hinted = dict.fromkeys(slot for slot in self._odd if slot.place.tensor() is not slot.tensor)
+        if hinted or not located or not self._standing.has_tensors():
+            self._write_down()
+            hinted = dict.fromkeys(slot for slot in self.slots.values() if slot.has_gone())
+            for slot in hinted:
+                slot.take(slot.place.tensor())
+            for group in {self._group[slot] for slot in hinted if slot in self._group}:
+                group.retake()
+            if any(slot in self._turning for slot in hinted):
+                self._line_up()
+            self._stand()
+        return hinted | dict.fromkeys(self._moved)
 
     def _compare(self, hinted: dict[Slot, None], full: bool) -> set[Slot]:
         """Compare what is due, and return what differs."""
         asked = dict.fromkeys([*self._alone, *hinted, *self._out_of_line])
-        if full:
-            asked |= dict.fromkeys(self._in_turns)
         # a row of several tensors, or a part of one, tells that something moved and not what
-        doubts: list[_Answer] = [(group.slots, group.differs()) for group in self._joined]
-        if not full:
-            doubts += [((slot,), kept.differs(bits)) for slot, bits, kept in self._due()]
-            doubts += [(slots, kept.differs(torch.cat(views))) for slots, views, kept in self._samples]
+        vague: list[_Asked] = [(group.slots, group.differs) for group in self._joined]
+        if full:
+            asked |= dict.fromkeys(self._turning)
+        else:
+            vague += self._due()
+            vague += [(slots, partial(_sample_differs, views, kept)) for slots, views, kept in self._samples]
         answers: list[_Answer] = [((slot,), yes) for slot in asked for yes in slot.differs()]
-        moved, doubted = _told(answers, doubts)
+        moved, doubted = _told(answers, [(slots, differs()) for slots, differs in vague])
         again: list[_Answer] = [((slot,), yes) for slot in doubted - asked.keys() for yes in slot.differs()]
         return moved | _told(again)[0]
 
-    def _due(self) -> list[tuple[Slot, Tensor, Kept]]:
-        """Return the next pieces whose turn it is."""
-        due: list[tuple[Slot, Tensor, Kept]] = []
-        size = 0
-        while size < self._quota and len(due) < len(self._queue):
-            piece = self._queue[self._next % len(self._queue)]
+    def _due(self) -> list[_Asked]:
+        """Return the next of those that take turns."""
+        due: list[_Asked] = []
+        done = 0
+        while done < self._quota and len(due) < len(self._queue):
+            size, piece = self._queue[self._next % len(self._queue)]
             self._next += 1
             due.append(piece)
-            size += piece[1].numel() * piece[1].element_size()
+            done += size
         return due
 
     def _change(self, slot: Slot, since: int) -> Change:
@@ -240,15 +243,14 @@ class Snapshot:
             slot.place, slot.tensor, slot.before(), slot.what, slot.replaced, slot.rebased, writes, slot.since
         )
 
-    def _settle(self, moved: set[Slot]) -> None:
-        """Note what is as it was, so that the next look begins from there."""
-        self._moved = moved
-        still = [slot for slot in self.slots.values() if slot not in moved] if moved else self.slots.values()
-        for slot in still:
-            if slot.plain:
-                slot.version = slot.tensor._version  # type: ignore[union-attr]  # what is missing has moved
-            slot.replaced = slot.rebased = False
-            slot.since = None
+    def _write_down(self) -> None:
+        """Write torch's counts, as they were at the last look, down at the slots."""
+        for slot, count in zip(self._standing.slots, self._counts, strict=True):
+            slot.version = count
+
+
+def _sample_differs(views: list[Tensor], kept: Kept) -> Tensor | bool:
+    return kept.differs(torch.cat(views))
 
 
 def _told(*questions: list[_Answer]) -> list[set[Slot]]:

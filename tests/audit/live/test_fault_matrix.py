@@ -196,7 +196,7 @@ def test_the_figures() -> None:
         assert count["detected"] == count["in time"] == count["faults"], mode
         assert mode == "rolling" or count["at the step"] == count["faults"], mode
         assert count["wrong"] == count["none"] == 0, mode
-        if mode != "digest":  # without the values from before, less can be proved
+        if mode in ("rolling", "all"):  # without the values from before less can be proved, and of norms too
             assert count["right"] >= 0.95 * count["faults"], mode
 
 

@@ -849,7 +849,7 @@ def test_the_group_is_named() -> None:
 
 
 def test_wrong_use() -> None:
-    with pytest.raises(FreezekitError, match="nothing is frozen.*freeze_backbone"):
+    with pytest.raises(FreezekitError, match="nothing in the model is frozen.*freeze_backbone"):
         check(nn.Linear(2, 2))
     with pytest.raises(FreezekitError, match="model: not a model .got dict"):
         check({})  # type: ignore[arg-type]
