@@ -12,12 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from freezekit.audit.findings import Cause
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.evidence import Event, Pass, Recorder
-from freezekit.audit.live.region import Region
+from freezekit.audit.live.region import STATS, Region
 from freezekit.audit.live.steps import Step, Touch
 
 __all__ = ["Witness"]
-
-_STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Witness:
@@ -196,7 +194,7 @@ class Witness:
         layer = change.place.owner
         if not isinstance(layer, _NormBase) or any(record.calls for record in passes):
             return False
-        if not self._was_training(change) or set(stats) != set(_STATS):
+        if not self._was_training(change) or set(stats) != set(STATS):
             return False
         counter = stats["num_batches_tracked"]
         if (
@@ -208,7 +206,7 @@ class Witness:
         batches = int(counter.tensor) - int(counter.before)
         if batches < 1 or counter.writes % batches:
             return False
-        return counter.writes > 0 and all(stats[s].writes in (0, counter.writes) for s in _STATS[:2])
+        return counter.writes > 0 and all(stats[s].writes in (0, counter.writes) for s in STATS[:2])
 
     def _is_from_outside(self, change: Change, stats: dict[str, Change], passes: list[Pass]) -> bool:
         """Tell whether no forward that could not be watched may have written to it."""
@@ -287,7 +285,7 @@ def _is_no_forward(change: Change, stats: dict[str, Change]) -> bool:
 def _by_layer(changes: list[Change]) -> dict[int, dict[str, Change]]:
     layers: dict[int, dict[str, Change]] = {}
     for change in changes:
-        if change.what == "value" and change.place.role in _STATS:
+        if change.what == "value" and change.place.role in STATS:
             layers.setdefault(id(change.place.owner), {})[change.place.role] = change
     return layers
 
@@ -297,7 +295,7 @@ def _may_be_a_hook(change: Change, moving: list[Pass]) -> bool:
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     if all(type(hook).__module__.startswith("torch.") for hook in hooks):
         return False  # such as spectral_norm's, which are part of the layer
-    if isinstance(layer, _NormBase) and change.place.role in _STATS[:2]:
+    if isinstance(layer, _NormBase) and change.place.role in STATS[:2]:
         return any(record.writes.get(change.place.name) for record in moving)  # its kernel counts none
     return not isinstance(layer, _NormBase)
 

@@ -10,14 +10,12 @@ from freezekit.audit import drift
 from freezekit.audit.findings import Finding, LayerDrift
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.kept import bits_of
-from freezekit.audit.live.region import Place
+from freezekit.audit.live.region import STATS, Place
 from freezekit.audit.live.slots import Slot
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.state import DTYPE_SIZES, StateTable, TensorState
 
 __all__ = ["describe"]
-
-_STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def describe(
@@ -36,7 +34,7 @@ def describe(
         name
         for name in (*snapshot.slots, *(name for name in moved if name not in snapshot.slots))
         if name in moved
-        or (name.rpartition(".")[2] in _STATS and not (only and name.rpartition(".")[0] not in layers))
+        or (name.rpartition(".")[2] in STATS and not (only and name.rpartition(".")[0] not in layers))
     ]
     before, after = [], []
     for name in names:

@@ -16,7 +16,7 @@ from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
 from freezekit.audit.live.probe import Probe
-from freezekit.audit.live.region import Region
+from freezekit.audit.live.region import STATS, Region, layer_of
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
@@ -245,10 +245,16 @@ class DriftAuditor:
 
     def _completed(self, finding: Finding, changes: list[Change]) -> Finding:
         """Add when it was first seen, why it moved, and the fix for that."""
+        # a finding about running statistics is named after their layer
+        of_layer = finding.code in ("FK101", "FK102", "FK401", "FK402")
+        moved = [change.place for change in changes if change.place.name in self._causes]
         names = [
-            c.place.name for c in changes if finding.name in (c.place.name, c.place.name.rpartition(".")[0])
+            place.name
+            for place in moved
+            if finding.name == place.name
+            or (of_layer and place.role in STATS and finding.name == layer_of(place))
         ]
-        known = [self._causes[name] for name in names if name in self._causes]
+        known = [self._causes[name] for name in names]
         cause = next(
             (cause for cause in known if cause.kind != "unknown"), known[0] if known else finding.cause
         )

@@ -12,9 +12,9 @@ from freezekit.audit.state import Role
 from freezekit.errors import FreezekitError
 from freezekit.patterns import select
 
-__all__ = ["Place", "Region", "is_norm", "layer_of", "places"]
+__all__ = ["STATS", "Place", "Region", "is_norm", "layer_of", "places"]
 
-_STATS = ("running_mean", "running_var", "num_batches_tracked")
+STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +69,7 @@ def places(model: nn.Module) -> dict[str, Place]:
                 found[prefix + key] = Place(prefix + key, module, key, "parameter")
         for key, buffer in module._buffers.items():
             if buffer is not None:
-                role: Role = key if keeps_stats and key in _STATS else "buffer"
+                role: Role = key if keeps_stats and key in STATS else "buffer"
                 found[prefix + key] = Place(prefix + key, module, key, role)
     registered = {id(place.tensor()) for place in found.values()}
     for path, module in modules:

@@ -473,6 +473,17 @@ def test_a_move_to_another_device_is_a_warning(snapshot: Any) -> None:
     assert {kind(f) for f in report.findings} == {"move"}
 
 
+def test_each_finding_has_the_cause_of_what_it_is_about() -> None:
+    model, optimizer = model_and_optimizer()
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        step(model, optimizer)
+        model["bn"].load_state_dict({name: t * 2 for name, t in model["bn"].state_dict().items()})
+        step(model, optimizer)
+    causes = {(f.name, kind(f), f.step) for f in auditor.report().findings}
+    assert ("bn", "train-mode forward", 1) in causes
+    assert ("bn.weight", "load_state_dict", 2) in causes
+
+
 def test_the_fix_is_that_of_the_cause() -> None:
     model, optimizer = model_and_optimizer("ours")
     with DriftAuditor(model, optimizer, on_drift="record") as auditor:
