@@ -159,6 +159,7 @@ class DriftAuditor:
         """Compare everything, and return the state of things with the step at which each was first seen."""
         changes = self._look(full=True)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
+        self._note(layers, last=True)
         steps = {name: step for (code, name), step in self._first.items() if code in ("FK101", "FK102")}
         notes = self._region.notes + (() if self._probe is None else tuple(self._probe.notes))
         return DriftReport(
@@ -237,9 +238,10 @@ class DriftAuditor:
         warnings.warn(f"{worst}{more}. Remedy: {worst.fix}", DriftWarning, stacklevel=3)
         return new
 
-    def _note(self, layers: list[LayerDrift]) -> None:
+    def _note(self, layers: list[LayerDrift], *, last: bool = False) -> None:
+        """Record how far each layer is, at the steps that are kept, and at the last."""
         for layer in layers:
-            if layer.changed and self._timeline.due(layer.name, self.step):
+            if layer.changed and (last or self._timeline.due(layer.name, self.step)):
                 moment = Moment(self.step, layer.mean_shift_sigma, layer.var_ratio, layer.num_batches_tracked)
                 self._timeline.record(layer.name, moment)
 
