@@ -13,9 +13,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantizeBase, ObserverBase
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 __all__ = ["PINNED", "Held", "held_class", "pinned_class"]
 
@@ -78,6 +80,28 @@ class _BatchNormTwin(_NormBase):
     forward = _BatchNorm.forward
 
 
+class _SparingInstanceNorm(_InstanceNorm):
+    """Stands before torch's ``_InstanceNorm`` among the ancestors of a held one.
+
+    torch's kernel has a row of statistics for each item of the batch, and writes their mean back in eval mode
+    too (torch 2.6), or moves them by the batch if ``track_running_stats`` was switched off later: so it is
+    given copies.
+    """
+
+    def _apply_instance_norm(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.instance_norm(
+            input,
+            None if mean is None else mean.clone(),
+            None if var is None else var.clone(),
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+        )
+
+
 class _HeldObserver(Held):
     """A quantization observer records what it sees in eval mode too; a held one records nothing."""
 
@@ -107,13 +131,17 @@ class _MadeMeta(type):
     second when a method is looked up. And whatever moves running statistics in the ecosystem finds BN by
     ``_BatchNorm`` (``update_bn`` resets them, ``convert_sync_batchnorm`` puts a live layer in its place), so
     a twin takes its place: ``super().forward()`` in a BN subclass still arrives at the same function.
+    An instance norm has one more ancestor, which spares its statistics.
     """
 
     def mro(cls) -> list[type]:
         found = super().mro()[1:]
         first = [ancestor for ancestor in found if ancestor is _Made or ancestor in _MIXINS]
         rest = [ancestor for ancestor in found if ancestor not in first]
-        return [cls, *first, *(_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest)]
+        rest = [_BatchNormTwin if ancestor is _BatchNorm else ancestor for ancestor in rest]
+        if _InstanceNorm in rest and Held in first:
+            rest.insert(rest.index(_InstanceNorm), _SparingInstanceNorm)
+        return [cls, *first, *rest]
 
 
 _made: dict[tuple[_Maker, type[nn.Module]], type[nn.Module]] = {}
