@@ -31,7 +31,7 @@ def wrap_setattr(kind: type[nn.Module], original: Any) -> Any:
     compiling = torch.compiler.is_compiling
 
     def __setattr__(self: nn.Module, name: str, value: Any) -> None:  # noqa: N807
-        if not compiling() and type(self) is kind:
+        if recorders and type(self) is kind and not compiling():
             for recorder in recorders:
                 recorder.set(self, name, value)
         if original is None:

@@ -75,6 +75,8 @@ class Witness:
         for change in changes:
             cause = self._cause(change, stats.get(id(change.place.owner), {}))
             causes[change.place.name] = cause
+            if cause.kind != "unknown":
+                self._recorder.settled(change.place)
             if cause.kind in ("unknown", "write") and change.place.role != "parameter":
                 self._recorder.suspect(change.place.owner)  # so that the next time tells
         return causes

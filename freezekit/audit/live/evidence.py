@@ -118,6 +118,7 @@ class Recorder:
         for place in region.places.values():
             self.owners[id(place.owner)] = place.owner
             self.places.setdefault(id(place.owner), []).append(place)
+        self._forms = {key: _form(owner, self.places[key]) for key, owner in self.owners.items()}
         self.modes: dict[int, Mode] = {}
         self.passes: dict[int, deque[Pass]] = {}
         self.steps = Steps(region)
@@ -126,6 +127,8 @@ class Recorder:
         self._armed: set[int] = set()
         self._wrapped: dict[type[nn.Module], Callable[[], None]] = {}
         self._suspects: set[int] = set()
+        self._explained: set[int] = set()
+        self._known: set[str] = set()
         self._undo: list[Callable[[], None]] = []
 
     @property
@@ -178,12 +181,22 @@ class Recorder:
     def suspect(self, owner: nn.Module) -> None:
         """Watch the calls of a layer from now on, whatever its mode."""
         key = id(owner)
-        if key not in self.owners:
-            return  # it was put in place of a layer
+        if key not in self.owners or key in self._explained:
+            return  # it was put in place of a layer, or there is nothing to ask
         self._suspects.add(key)
         self._quiet.pop(key, None)
         if self.attached:
             self._arm(key)
+
+    def settled(self, place: Place) -> None:
+        """Note that it is known why a tensor moved: nobody asks again, so its layer may need no watching."""
+        self._known.add(place.name)
+        key = id(place.owner)
+        held = [other for other in self.places.get(key, ()) if other.role != "parameter"]
+        if held and not _is_home_made(place.owner) and self._known.issuperset(p.name for p in held):
+            self._explained.add(key)
+            self._suspects.discard(key)
+            self._disarm(key)
 
     def set(self, module: nn.Module, name: str, value: object) -> None:
         """Note what an attribute of a watched layer is about to be set to."""
@@ -299,9 +312,10 @@ class Recorder:
     def _arm_if_it_may_write(self, key: int) -> None:
         """Watch a layer's calls if its forward can move what it holds: in train mode, or home-made."""
         mode = self.modes.get(key)
-        writes = any(place.role != "parameter" for place in self.places[key])
-        active = (mode is not None and mode.on) or _is_home_made(self.owners[key])
-        if key in self._suspects or (writes and active and self._quiet.get(key, 0) < _QUIET):
+        writes, home_made = self._forms[key]
+        active = (mode is not None and mode.on) or home_made
+        awake = key not in self._explained and self._quiet.get(key, 0) < _QUIET
+        if key in self._suspects or (writes and active and awake):
             self._arm(key)
         else:
             self._disarm(key)
@@ -356,6 +370,11 @@ def _is_the_same(old: Tensor | None, new: object) -> bool:
     seen = bits(old), bits(new)
     unlike = None if seen[0] is None or seen[1] is None else differ(seen[0], seen[1])
     return unlike is not None and not bool(unlike)
+
+
+def _form(module: nn.Module, held: list[Place]) -> tuple[bool, bool]:
+    """Tell whether a layer's forward has something to write to, and whether it is home-made."""
+    return any(place.role != "parameter" for place in held), _is_home_made(module)
 
 
 def _is_home_made(module: nn.Module) -> bool:

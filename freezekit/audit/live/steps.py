@@ -5,7 +5,9 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,8 +16,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from freezekit.audit.live.columns import Column, Views, row_of
 from freezekit.audit.live.region import Region, places
-from freezekit.audit.live.tensors import sample, version
+from freezekit.audit.live.tensors import bits, version
 from freezekit.audit.live.wrapping import Line, user_line
 
 if TYPE_CHECKING:
@@ -24,10 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["Step", "Steps", "Touch"]
 
 _SAMPLE = 64
-"""How many values of each parameter are compared around a step."""
+"""How many values of each parameter, of its gradient and of its momentum are looked at around a step."""
 
-_PUSH = 4096
-"""How many values of a gradient or momentum are looked at before a step."""
+_GRAD = operator.attrgetter("grad")
 
 _MOMENTA = ("momentum_buffer", "exp_avg", "grad_avg", "momentum")
 """What optimizers call the state that goes on moving a parameter without a gradient."""
@@ -40,11 +42,36 @@ class _Member(NamedTuple):
 
 
 @dataclass(slots=True)
+class _Risky:
+    """The frozen parameters that a step may move; as a rule the same from step to step."""
+
+    members: list[_Member]
+    parameters: list[Tensor] = field(default_factory=list)
+    at: dict[str, int] = field(default_factory=dict)
+    values: Views = field(default_factory=lambda: Views(_some_bits))
+    grads: Views = field(default_factory=lambda: Views(_some))
+    momenta: Views = field(default_factory=lambda: Views(_some))
+
+    def __post_init__(self) -> None:
+        self.parameters = [member.parameter for member in self.members]
+        self.at = {name: i for i, member in enumerate(self.members) for name in member.names}
+
+
+@dataclass(slots=True)
 class _Members:
     groups: list[list[Tensor]]
     """Everything an optimizer holds."""
     frozen: list[_Member] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
+    reached: list[bool] = field(default_factory=list)
+    risky: _Risky | None = None
+
+    def that(self, reached: list[bool]) -> _Risky:
+        """Return those of the frozen parameters that are marked."""
+        if self.risky is None or reached != self.reached:
+            self.reached = reached
+            self.risky = _Risky([member for member, one in zip(self.frozen, reached, strict=True) if one])
+        return self.risky
 
 
 @dataclass(slots=True)
@@ -59,8 +86,8 @@ class Touch:
         weight_decay: of the group.
         writes: how many writes torch counted during the step.
         whole: whether all its values were compared.
-        grad: the largest size seen in its ``.grad``, ``None`` without one.
-        momentum: the largest size seen in its momentum, ``None`` without one.
+        grad: whether anything but zero was seen in its ``.grad``, ``None`` without one.
+        momentum: whether anything but zero was seen in its momentum, ``None`` without one.
         moved: whether one of the compared values moved, ``None`` if that could not be seen.
     """
 
@@ -89,14 +116,52 @@ class Touch:
 
     def by_gradient(self) -> bool:
         """Tell whether there was a gradient that was not zero."""
-        if self.grad is None or bool(self.grad != 0):
+        if self.grad is None or bool(self.grad):
             return self.grad is not None
         left = self.parameter.grad  # as a rule nobody has emptied it yet
         return not self.whole and left is not None and bool((left != 0).any())
 
     def by_momentum(self) -> bool:
         """Tell whether there was momentum that was not zero."""
-        return self.momentum is not None and bool(self.momentum != 0)
+        return self.momentum is not None and bool(self.momentum)
+
+
+class _Touches(Mapping[str, Touch]):
+    """What a step did to each frozen parameter, by name; put together when it is asked for."""
+
+    def __init__(self, risky: _Risky, groups: list[dict[str, Any]], momenta: list[Tensor | None]) -> None:
+        self.members, self.at, self.parameters = risky.members, risky.at, risky.parameters
+        self.groups = [(group.get("lr", 1.0), group.get("weight_decay", 0)) for group in groups]
+        self.requires_grad = [parameter.requires_grad for parameter in risky.parameters]
+        self.versions = [*map(version, risky.parameters)]
+        self.writes = [0] * len(risky.parameters)
+        self.grads = _other_than_zero(risky.grads, [*map(_GRAD, risky.parameters)])
+        self.momenta = _other_than_zero(risky.momenta, momenta)
+        self.before = risky.values.look(risky.parameters)
+        self.moved: Column | None = None
+
+    def finish(self, values: Views) -> None:
+        """Look at the parameters after the step."""
+        self.writes = [version(p) - n for p, n in zip(self.parameters, self.versions, strict=True)]
+        (before, spans), (now, spans_now) = self.before, values.look(self.parameters)
+        if spans == spans_now and [(r.dtype, r.device) for r in before] == [(r.dtype, r.device) for r in now]:
+            self.moved = Column([one != other for one, other in zip(before, now, strict=True)], spans)
+        self.before = [], []
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.at)
+
+    def __getitem__(self, name: str) -> Touch:
+        at = self.at[name]
+        parameter, group, _ = self.members[at]
+        moved = None if self.moved is None else self.moved.any(at)
+        return Touch(
+            parameter, group, self.requires_grad[at], *self.groups[group], self.writes[at],
+            parameter.numel() <= _SAMPLE, self.grads.any(at), self.momenta.any(at), moved,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -108,15 +173,7 @@ class Step:
     known: bool
     """Whether it is torch's own, which leaves alone what has no ``.grad``."""
     where: Line | None
-    touches: dict[str, Touch]
-
-
-@dataclass(slots=True)
-class _Pending:
-    step: Step
-    members: list[_Member]
-    versions: list[int]
-    samples: list[Tensor | None] = field(default_factory=list)
+    touches: _Touches
 
 
 class Steps:
@@ -137,7 +194,7 @@ class Steps:
         self._counts: dict[str, int] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._members: weakref.WeakKeyDictionary[Optimizer, _Members] = weakref.WeakKeyDictionary()
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, tuple[Step, Views]] = {}
         self._hooks: list[Any] = []
         self._recorder: Recorder | None = None
 
@@ -182,10 +239,12 @@ class Steps:
             return
         known = type(optimizer).__module__.startswith("torch.optim")
         if not known:
-            self._begin(optimizer, members.frozen, known)
-        elif [1 for parameter in members.parameters if parameter.grad is not None]:
-            risky = [member for member in members.frozen if member.parameter.grad is not None]
-            self._begin(optimizer, risky, known)
+            self._begin(optimizer, members.that([True] * len(members.frozen)), known)
+        elif any(map(operator.is_not, map(_GRAD, members.parameters), repeat(None))):
+            reached = [*map(operator.is_not, map(_GRAD, members.parameters), repeat(None))]
+            self._begin(optimizer, members.that(reached), known)
+        else:
+            members.risky = None
 
     def _members_of(self, optimizer: Optimizer) -> _Members:
         """Return the frozen parameters that an optimizer holds; its groups may have changed since."""
@@ -204,39 +263,22 @@ class Steps:
         self._members[optimizer] = found
         return found
 
-    def _begin(self, optimizer: Optimizer, members: list[_Member], known: bool) -> None:
+    def _begin(self, optimizer: Optimizer, risky: _Risky, known: bool) -> None:
         assert self._recorder is not None
-        name = type(optimizer).__name__
-        step = Step(self._recorder.now, name, known, user_line(), {})
         states = getattr(optimizer, "state", {})
-        grads = _sizes([member.parameter.grad for member in members])
-        momenta = [_momentum(states.get(member.parameter)) for member in members]
-        for member, grad, momentum in zip(members, grads, _sizes(momenta), strict=True):
-            group, parameter = optimizer.param_groups[member.group], member.parameter
-            whole = parameter.numel() <= _SAMPLE
-            touch = Touch(
-                parameter, member.group, parameter.requires_grad,
-                group.get("lr", 1.0), group.get("weight_decay", 0),
-                0, whole, grad, momentum,
-            )  # fmt: skip
-            step.touches |= dict.fromkeys(member.names, touch)
-        versions = [version(member.parameter) for member in members]
-        samples = [None if (s := sample(m.parameter, _SAMPLE)) is None else s.clone() for m in members]
-        self._pending[id(optimizer)] = _Pending(step, members, versions, samples)
+        momenta = [_momentum(states.get(parameter)) for parameter in risky.parameters]
+        touches = _Touches(risky, optimizer.param_groups, momenta)
+        step = Step(self._recorder.now, type(optimizer).__name__, known, user_line(), touches)
+        self._pending[id(optimizer)] = step, risky.values
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if id(optimizer) in self._pending and not torch.compiler.is_compiling():
             self._finish(id(optimizer))
 
     def _finish(self, key: int) -> None:
-        pending = self._pending.pop(key)
-        for member, count, before in zip(pending.members, pending.versions, pending.samples, strict=True):
-            touch = pending.step.touches[member.names[0]]
-            touch.writes = version(member.parameter) - count
-            now = sample(member.parameter, _SAMPLE)
-            if before is not None and now is not None and before.shape == now.shape:
-                touch.moved = (before != now).any()
-        self.done.append(pending.step)
+        step, values = self._pending.pop(key)
+        step.touches.finish(values)
+        self.done.append(step)
 
     def _count(self, name: str) -> int:
         tensor = self._region.places[name].tensor()
@@ -260,22 +302,18 @@ def _momentum(state: Any) -> Tensor | None:
     return found[0] if found else None
 
 
-def _sizes(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """Return the largest size in each tensor, without waiting for the device."""
-    spread = [None if t is None else _spread(t.detach()) for t in tensors]
-    some = [values for values in spread if values is not None]
-    found = iter(torch._foreach_norm(some, float("inf")) if some else ())
-    return [None if values is None else next(found) for values in spread]
+def _other_than_zero(views: Views, tensors: list[Tensor | None]) -> Column:
+    rows, spans = views.look(tensors)
+    return Column([row != 0 for row in rows], spans)
 
 
-def _spread(tensor: Tensor) -> Tensor | None:
-    """Return some of the values, spread over the tensor; what is sparse has its own."""
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor._values()
-    if not tensor.numel() or tensor.layout is not torch.strided:
-        return None
-    flat = tensor.reshape(-1)
-    return flat[:: -(-flat.numel() // _PUSH)]
+def _some(tensor: Tensor) -> Tensor | None:
+    return None if is_lazy(tensor) else row_of(tensor, _SAMPLE)
+
+
+def _some_bits(tensor: Tensor) -> Tensor | None:
+    seen = bits(tensor)
+    return None if seen is None else row_of(seen, _SAMPLE)
 
 
 def _twins(region: Region) -> dict[str, list[str]]:

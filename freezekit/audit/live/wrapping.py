@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ __all__ = ["Line", "user_line", "wrap"]
 _MISSING = object()
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
+_TRAIN = nn.Module.train.__code__
 _PLUMBING = (_TORCH, *(_OURS + room + os.sep for room in ("audit", "nn", "freezing")))
 
 
@@ -44,15 +45,32 @@ class Line(NamedTuple):
         return f"{path}:{self.number}{inside}"
 
 
+_lines: dict[tuple[int, int], tuple[CodeType, Line | None]] = {}
+"""The line of the user's that a place in a code object is, or none: the same ones are asked for again."""
+
+
 def user_line() -> Line | None:
     """Return the line that called into torch: not torch's own, nor a module's ``train`` that passes it on."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if not code.co_filename.startswith(_PLUMBING) and not _passes_mode_on(frame):
-            return Line(code.co_filename, frame.f_lineno, code.co_name)
+        if code is not _TRAIN:
+            found = _lines.get((id(code), frame.f_lasti))
+            line = _line_of(frame) if found is None else found[1]
+            if line is not None:
+                return line
         frame = frame.f_back
     return None
+
+
+def _line_of(frame: FrameType) -> Line | None:
+    code, line = frame.f_code, None
+    if not code.co_filename.startswith(_PLUMBING) and not _passes_mode_on(frame):
+        line = Line(code.co_filename, frame.f_lineno, code.co_name)
+    if len(_lines) > 1000:
+        _lines.clear()
+    _lines[id(code), frame.f_lasti] = code, line  # with the code itself, so that its id stays its own
+    return line
 
 
 def _passes_mode_on(frame: FrameType) -> bool:
