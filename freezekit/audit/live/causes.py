@@ -322,7 +322,7 @@ def _of_step(step: Step, touch: Touch, change: Change) -> Cause:
     if touch.by_gradient():
         kind = "" if touch.requires_grad else "stale "
         return Cause("gradient", f"a {kind}.grad in {at}", where)
-    if decay and (_shrunk(change.before, change.tensor) or (step.known and not touch.by_momentum())):
+    if decay and (_shrunk(change.before, change.tensor) or (step.known and touch.momentum is None)):
         return Cause("weight decay", f"weight_decay={decay:g} in {at}", where)
     if touch.by_momentum():
         rest = "no .grad" if touch.grad is None else "a .grad of zeros"
