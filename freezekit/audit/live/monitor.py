@@ -159,7 +159,7 @@ class DriftAuditor:
         """Compare everything, and return the state of things with the step at which each was first seen."""
         changes = self._look(full=True)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
-        self._note(layers, last=True)
+        by_owner = _by_owner(changes)
         steps = {name: step for (code, name), step in self._first.items() if code in ("FK101", "FK102")}
         notes = self._region.notes + (() if self._probe is None else tuple(self._probe.notes))
         return DriftReport(
@@ -172,7 +172,7 @@ class DriftAuditor:
                 replace(layer, step=steps.get(layer.name), timeline=self._timeline.of(layer.name))
                 for layer in layers
             ),
-            tuple(self._completed(finding, changes) for finding in (*findings, *self._behaviour.values())),
+            tuple(self._completed(finding, by_owner) for finding in (*findings, *self._behaviour.values())),
             notes,
         )
 
@@ -224,11 +224,12 @@ class DriftAuditor:
             findings = [*moved, *findings]
             self._note(layers)
         new = []
+        by_owner = _by_owner(changes)
         for finding in findings:
             key = (finding.code, finding.name)
             if key not in self._first:
                 self._first[key] = self.step
-                new.append(self._completed(finding, changes))
+                new.append(self._completed(finding, by_owner))
         if not new or self.on_drift == "record":
             return new
         worst = next((finding for finding in new if finding.level == "error"), new[0])
@@ -245,18 +246,14 @@ class DriftAuditor:
                 moment = Moment(self.step, layer.mean_shift_sigma, layer.var_ratio, layer.num_batches_tracked)
                 self._timeline.record(layer.name, moment)
 
-    def _completed(self, finding: Finding, changes: list[Change]) -> Finding:
-        """Add when it was first seen, why it moved, and the fix for that."""
-        # a finding about running statistics is named after their layer
-        of_layer = finding.code in ("FK101", "FK102", "FK401", "FK402")
-        moved = [change.place for change in changes if change.place.name in self._causes]
-        names = [
-            place.name
-            for place in moved
-            if finding.name == place.name
-            or (of_layer and place.role in STATS and finding.name == layer_of(place))
-        ]
-        known = [self._causes[name] for name in names]
+    def _completed(self, finding: Finding, changed: dict[str, list[str]]) -> Finding:
+        """Add when it was first seen, why it moved, and the fix for that.
+
+        Args:
+            finding: as :func:`describe` or the probe has it.
+            changed: as :func:`_by_owner` returns it.
+        """
+        known = [self._causes[name] for name in changed.get(finding.name, ()) if name in self._causes]
         cause = next(
             (cause for cause in known if cause.kind != "unknown"), known[0] if known else finding.cause
         )
@@ -283,6 +280,15 @@ class DriftAuditor:
 
 
 _UNKNOWN = Cause("unknown")
+
+
+def _by_owner(changes: list[Change]) -> dict[str, list[str]]:
+    """Return the names of what changed, by what a finding of it is called: the tensor, or its layer."""
+    found: dict[str, list[str]] = {}
+    for name in (change.place.name for change in changes):
+        for called in {name, name.rpartition(".")[0]}:
+            found.setdefault(called, []).append(name)
+    return found
 
 
 def _one_of(where: str, given: object, what: str, *known: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -877,3 +878,17 @@ def test_one_finding_for_each_layer_of_a_real_model() -> None:
     for fix in dict.fromkeys(f.fix for f in found):
         exec(fix, {"freezekit": freezekit, "model": model})
     assert check(model) == []
+
+
+def test_its_time_grows_with_the_layers_and_not_with_their_square() -> None:
+    body = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.1)) for _ in range(1500)))
+    model = nn.Sequential(body.requires_grad_(False), nn.Linear(2, 1))
+    small = nn.Sequential(body[:150], nn.Linear(2, 1))
+
+    def seconds(model: nn.Module) -> float:
+        began = time.process_time()
+        check(model)
+        return time.process_time() - began
+
+    least = min(seconds(small) for _ in range(3))
+    assert seconds(model) < 40 * least  # ten times the layers; what is quadratic takes a hundred times
