@@ -16,7 +16,7 @@ from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
 from freezekit.audit.live.probe import Probe
-from freezekit.audit.live.region import STATS, Region, layer_of
+from freezekit.audit.live.region import Place, Region
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
@@ -57,6 +57,7 @@ class DriftAuditor:
         FreezekitError: nothing in the model is frozen, or an argument is wrong.
         SelectionError: a pattern in ``frozen`` matches nothing.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
     >>> _ = model[0].requires_grad_(False)  # not enough
     >>> optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
@@ -246,20 +247,20 @@ class DriftAuditor:
                 moment = Moment(self.step, layer.mean_shift_sigma, layer.var_ratio, layer.num_batches_tracked)
                 self._timeline.record(layer.name, moment)
 
-    def _completed(self, finding: Finding, changed: dict[str, list[str]]) -> Finding:
+    def _completed(self, finding: Finding, changed: dict[str, list[Place]]) -> Finding:
         """Add when it was first seen, why it moved, and the fix for that.
 
         Args:
             finding: as :func:`describe` or the probe has it.
             changed: as :func:`_by_owner` returns it.
         """
-        known = [self._causes[name] for name in changed.get(finding.name, ()) if name in self._causes]
-        cause = next(
-            (cause for cause in known if cause.kind != "unknown"), known[0] if known else finding.cause
-        )
-        fix, message = finding.fix, finding.message
-        if cause is not None and cause.kind != "unknown":
-            fix = CAUSES[cause.kind]
+        fix, message, cause = finding.fix, finding.message, finding.cause
+        if cause is None and finding.code not in _OF_THEIR_OWN:
+            names = [place.name for place in changed.get(finding.name, ()) if _is_of(finding, place)]
+            known = [self._causes[name] for name in names if name in self._causes]
+            cause = next((one for one in known if one.kind != "unknown"), known[0] if known else None)
+            if cause is not None and cause.kind != "unknown":
+                fix = CAUSES[cause.kind]
         if self._trains_now(finding.name):
             message += "; it requires a gradient by now"
             fix = "make a new DriftAuditor after unfreezing; if nothing was to be unfrozen, freeze it again"
@@ -282,13 +283,24 @@ class DriftAuditor:
 _UNKNOWN = Cause("unknown")
 
 
-def _by_owner(changes: list[Change]) -> dict[str, list[str]]:
-    """Return the names of what changed, by what a finding of it is called: the tensor, or its layer."""
-    found: dict[str, list[str]] = {}
-    for name in (change.place.name for change in changes):
-        for called in {name, name.rpartition(".")[0]}:
-            found.setdefault(called, []).append(name)
+_OF_THEIR_OWN = ("FK201", "FK202")
+"""Findings of what a layer does, which no tensor that moved explains."""
+
+_STATS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
+    """Return the places of what changed, by their names and by those of their layers."""
+    found: dict[str, list[Place]] = {}
+    for place in (change.place for change in changes):
+        for called in {place.name, place.name.rpartition(".")[0]}:
+            found.setdefault(called, []).append(place)
     return found
+
+
+def _is_of(finding: Finding, place: Place) -> bool:
+    """Tell whether a finding is of what is at a place: one of a layer is of its statistics, not its weight."""
+    return finding.name == place.name or finding.code == "FK203" or place.role in _STATS
 
 
 def _one_of(where: str, given: object, what: str, *known: str) -> None:

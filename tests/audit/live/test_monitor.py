@@ -614,3 +614,33 @@ def test_what_was_unfrozen_meanwhile_is_said_to_be() -> None:
     assert max(str(finding).count("by now") for finding in auditor.check()) == 1
     with DriftAuditor(model, optimizer):
         step(model, optimizer)
+
+
+def test_a_stale_gradient_of_its_weight_is_not_why_its_statistics_moved() -> None:
+    model, optimizer = model_and_optimizer("none")
+    step(model, optimizer)
+    for name in ("bn", "own", "lin"):
+        model[name].requires_grad_(False)
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model["fc"](model["lin"](model["own"](model["bn"](torch.randn(8, 3))))).square().mean().backward()
+        optimizer.step()
+    causes = {(f.code, f.name): kind(f) for f in auditor.report().findings}
+    assert causes["FK103", "bn.weight"] == "gradient"
+    assert causes["FK101", "bn"] == "train-mode forward"
+
+
+def test_a_weight_that_moved_is_not_why_a_layer_drops_at_random() -> None:
+    torch.manual_seed(5)
+    attention = nn.MultiheadAttention(4, 2, dropout=0.5).requires_grad_(False)
+    head = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    with DriftAuditor(nn.ModuleList([attention, head]), optimizer, on_drift="record", probe=1) as auditor:
+        x = torch.randn(3, 4, 4)
+        head(attention(x, x, x)[0]).sum().backward()
+        attention.in_proj_weight.data.mul_(2)
+        optimizer.step()
+    found = {f.code: f for f in auditor.report().findings}
+    assert kind(found["FK103"]) == "write"
+    assert kind(found["FK202"]) == "train-mode forward"
+    assert "freeze_backbone" in found["FK202"].fix
+    assert "running statistics" not in found["FK202"].fix
