@@ -105,7 +105,9 @@ def _verdict(report: DriftReport) -> Text:
         text = f"DRIFT: {changed} of {report.compared} frozen tensors changed{moved}{also}"
         return _line(text, "bold red")
     if errors:
-        text = f"BAD: {found} in {norms}; none of {report.compared} frozen tensors changed"
+        # what a layer does (FK2xx) is no matter of running statistics
+        where = "" if any(finding.code.startswith("FK2") for finding in errors) else f" in {norms}"
+        text = f"BAD: {found}{where}; none of {report.compared} frozen tensors changed"
         return _line(text, "bold red")
     if not report.compared:
         text = "NOTHING TO COMPARE: the manifest has no digest of a tensor in the file"
@@ -230,7 +232,7 @@ def _findings(code: str, findings: list[Finding], told: Collection[str]) -> list
     # the table above already has a line for every layer that moved
     limit = 1 if code in ("FK101", "FK102") else 10
     for finding in findings[:limit]:
-        at = "" if finding.step is None else f" at step {finding.step}"
+        at = "" if finding.step is None else f" since step {finding.step}"
         name = printable(finding.name) or "(model)"
         why = f"; cause: {finding.cause.kind}" if finding.cause else ""
         why = "" if why in finding.message else why

@@ -60,7 +60,7 @@ def test_the_step_has_a_column() -> None:
     text = str(report([moved("a", 7), moved("b")], [finding]))
     rows = [line.split() for line in text.splitlines() if line.startswith(("a ", "b "))]
     assert [row[-1] for row in rows] == ["7", "-"]
-    assert "a at step 7: moved" in text
+    assert "a since step 7: moved" in text
 
 
 def test_nothing_from_a_file_reaches_the_terminal() -> None:
@@ -167,12 +167,12 @@ def test_a_live_audit_tells_causes_and_the_course() -> None:
         "                batches        +1    +21    +41    +61    +81   +101",
         "",
         "FK101 running statistics moved (4)",
-        "  a at step 1: moved; cause: train-mode forward",
+        "  a since step 1: moved; cause: train-mode forward",
         "  and 3 more",
         "",
         "FK103 a frozen parameter changed (2)",
-        "  e.weight at step 7: moved; cause: weight decay",
-        "  f.weight at step 3: moved; cause: weight decay",
+        "  e.weight since step 7: moved; cause: weight decay",
+        "  f.weight since step 3: moved; cause: weight decay",
     ]
     assert all(len(line) <= 80 for line in render(report, width=80).splitlines()[3:])
 
@@ -231,11 +231,10 @@ def test_a_layer_without_a_counter_that_moved_later() -> None:
             ["FK202"] * 2,
             "CLEAN: none of 9 frozen tensors changed (1 layer with running statistics), 2 warnings",
         ),
-        (["FK203"], "BAD: 1 finding in 1 layer with running statistics; none of 9 frozen tensors changed"),
+        (["FK203"], "BAD: 1 finding; none of 9 frozen tensors changed"),
         (
             ["FK106", "FK201", "FK203"],
-            "BAD: 2 findings and 1 warning in 1 layer with running statistics; none of 9 "
-            "frozen tensors changed",
+            "BAD: 2 findings and 1 warning; none of 9 frozen tensors changed",
         ),
         (
             ["FK103", "FK106"],

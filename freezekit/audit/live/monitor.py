@@ -299,7 +299,7 @@ def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
 
 
 def _is_of(finding: Finding, place: Place) -> bool:
-    """Tell whether a finding is of what is at a place: one of a layer is of its statistics, not its weight."""
+    """Tell whether a finding is of what is at a place: of a layer, its statistics, not its weight."""
     return finding.name == place.name or finding.code == "FK203" or place.role in _STATS
 
 
