@@ -242,8 +242,9 @@ def _is_frozen(path: str, modules: dict[str, nn.Module], asks: dict[str, set[boo
         return True  # a class that keeps itself in one mode, as ours do when frozen
     if own := [p.requires_grad for p in module._parameters.values() if p is not None]:
         return not any(own)
-    while path:  # without parameters of its own it goes with what is beside it
+    while True:  # without parameters of its own it goes with what is beside it
         path = path.rpartition(".")[0]
         if beside := asks.get(path):
             return None if len(beside) > 1 else beside == {False}
-    return False
+        if not path:
+            return False

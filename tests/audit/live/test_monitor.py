@@ -644,3 +644,31 @@ def test_a_weight_that_moved_is_not_why_a_layer_drops_at_random() -> None:
     assert kind(found["FK202"]) == "train-mode forward"
     assert "freeze_backbone" in found["FK202"].fix
     assert "running statistics" not in found["FK202"].fix
+
+
+class Outermost(nn.Module):
+    """Has a buffer beside its layers, and none of the parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+        self.body, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+
+def test_a_buffer_of_the_model_itself_goes_with_its_layers() -> None:
+    model = Outermost().requires_grad_(False)
+    auditor = DriftAuditor(model, on_drift="record")
+    model.seen.add_(1)
+    assert [(f.code, f.name) for f in auditor.report().findings] == [("FK104", "seen")]
+
+
+def test_a_buffer_of_a_model_that_trains_in_part_is_not_watched_and_that_is_said() -> None:
+    model = Outermost()
+    model.body.requires_grad_(False)
+    auditor = DriftAuditor(model, on_drift="record")
+    model.seen.add_(1)
+    report = auditor.report()
+    assert report.clean
+    assert report.notes == (
+        "not watched, as frozen and trained parts surround them: seen; name them in frozen=",
+    )
