@@ -307,7 +307,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         "DistributedDataParallel sends rank 0's buffers to the other ranks before each forward pass, the "
         "frozen ones too. Where a rank has other values, they are overwritten.",
         "The default. Harmless while all ranks have the same; not after loading on one rank alone.",
-        "model.broadcast_buffers = False, if no other layer needs it; the frozen part then sends nothing.",
+        "model.broadcast_buffers = False on the DistributedDataParallel model, if no other layer needs it, "
+        "or the same checkpoint on every rank.",
         (_torch_page("torch.nn.parallel.DistributedDataParallel"), _torch_issue(110363)),
     ),
     "FK318": Explanation(

@@ -83,8 +83,9 @@ CAUSES: dict[str, str] = {
     "optimizer": "make the optimizer from freezekit.trainable_parameters(model), or freeze with optimizer=",
     "load_state_dict": "load first, then freeze and make the auditor",
     "averaging": "freezekit.AveragedModel copies what is frozen and averages the rest",
-    "broadcast": "DistributedDataParallel(..., broadcast_buffers=False), or the same checkpoint on "
-    "every rank",
+    # the attribute: every torch has it, while the argument of that name is deprecated since 2.13
+    "broadcast": "broadcast_buffers = False on the DistributedDataParallel model, or the same checkpoint "
+    "on every rank",
     "write": "find the code that writes to it; what is frozen must only be read",
     "assignment": "do not put another tensor in place of a frozen one; unfreeze it first",
     "move": "move or cast the model before making the auditor",
