@@ -120,7 +120,7 @@ def with_report_inside(own: DriftReport, table: StateTable) -> DriftReport:
         source=own.source,
         against=inside if own.against is None else f"{own.against} and {inside}",
         scope=live.scope if own.against is None else own.scope,
-        compared=max(own.compared, live.compared),
+        compared=max(own.compared, live.compared, len(changed)),
         changed=changed,
         layers=tuple(layers.values()),
         findings=(*live.findings, *(f for f in own.findings if (f.code, f.name) not in told)),

@@ -34,10 +34,13 @@ def optimizers_of(given: Any) -> list[Any]:
     every = list(given) if isinstance(given, (list, tuple)) else [] if given is None else [given]
     for optimizer in every:
         if isinstance(optimizer, type) or not all(hasattr(optimizer, a) for a in ("param_groups", "state")):
+            kind = (
+                f"the class {optimizer.__name__}" if isinstance(optimizer, type) else type(optimizer).__name__
+            )
             raise FreezekitError(
                 "not an optimizer",
                 where="optimizer=",
-                got=optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__,
+                got=kind,
                 remedy="give a torch.optim.Optimizer, or a list of them",
             )
     return every

@@ -100,7 +100,8 @@ class DriftAuditor:
                 "not an optimizer of torch's kind",
                 where="optimizer=",
                 got=type(optimizer).__name__,
-                remedy="leave it out, and call .check() after each step inside `with auditor:`",
+                remedy="leave it out: torch's that hold parameters of the model are followed; with another "
+                "kind, call .check() after each step inside `with auditor:`",
             )
         self.model = model
         self.optimizer = optimizer
@@ -167,7 +168,7 @@ class DriftAuditor:
             f"{type(self.model).__name__} after {self.step} step{'' if self.step == 1 else 's'}",
             "its state when the auditor was made",
             self._region.scope,
-            len(self._region.places),
+            len(self._region.places.keys() | set(changed)),  # with what was added
             tuple(changed),
             tuple(
                 replace(layer, step=steps.get(layer.name), timeline=self._timeline.of(layer.name))

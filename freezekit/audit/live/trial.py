@@ -26,8 +26,8 @@ _STATE = (
 _RANDOM = "drop nothing where its own training is False: F.dropout(x, p, training=self.training)"
 _MOVED = "find what changed in it: its values, its settings, or its mode"
 _OTHER_NORM = (
-    "it has no running statistics to go by: give it some (track_running_stats=True, from a checkpoint), "
-    "or use a norm of single samples"
+    "it has no running statistics to go by: make it with track_running_stats=True and calibrate it with "
+    "freezekit.update_bn(loader, model) before freezing, or use a norm of single samples"
 )
 _TRAIN = Cause("train-mode forward", "in train mode")
 

@@ -672,3 +672,19 @@ def test_a_buffer_of_a_model_that_trains_in_part_is_not_watched_and_that_is_said
     assert report.notes == (
         "not watched, as frozen and trained parts surround them: seen; name them in frozen=",
     )
+
+
+def test_what_was_added_is_counted_with_what_was_compared() -> None:
+    model, _ = model_and_optimizer("naive")
+    auditor = DriftAuditor(model, on_drift="record", frozen="lin")
+    with torch.no_grad():
+        model["lin"].weight.add_(1)
+        model["lin"].bias.add_(1)
+    model["lin"].register_buffer("new", torch.ones(2))
+    assert str(auditor.report()).startswith("DRIFT: 3 of 3 frozen tensors changed")
+
+
+def test_a_list_of_optimizers_is_not_needed() -> None:
+    model, optimizer = model_and_optimizer("naive")
+    with pytest.raises(FreezekitError, match=r"got list.*leave it out: torch's that hold parameters"):
+        DriftAuditor(model, [optimizer])  # type: ignore[arg-type]

@@ -22,6 +22,8 @@ from torchvision.ops import StochasticDepth
 
 import freezekit
 from freezekit import Finding, FreezekitError, SelectionError, check
+from freezekit.audit.codes import EXPLANATIONS
+from freezekit.audit.findings import CAUSES
 from freezekit.audit.live.modes import modes_after_train
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
@@ -858,6 +860,8 @@ def test_wrong_use() -> None:
     for wrong in ("sgd", torch.optim.SGD, [1]):
         with pytest.raises(FreezekitError, match="optimizer=: not an optimizer"):
             check(model, wrong)
+    with pytest.raises(FreezekitError, match="not an optimizer .got the class SGD"):
+        check(model, torch.optim.SGD)
     with pytest.raises(SelectionError, match="did you mean 'body'"):
         check(model, frozen="boddy")
     with warnings.catch_warnings():
@@ -892,3 +896,9 @@ def test_its_time_grows_with_the_layers_and_not_with_their_square() -> None:
 
     least = min(seconds(small) for _ in range(3))
     assert seconds(model) < 40 * least  # ten times the layers; what is quadratic takes a hundred times
+
+
+def test_all_say_the_same_of_buffers_sent_by_rank_0() -> None:
+    # the argument broadcast_buffers= warns in new versions of torch, forward_sync_buffers= is not in old ones
+    for advice in (CAUSES["broadcast"], EXPLANATIONS["FK317"].fix):
+        assert "broadcast_buffers = False on the DistributedDataParallel model" in advice
