@@ -16,7 +16,7 @@ from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
 from freezekit.audit.live.probe import Probe
-from freezekit.audit.live.region import Place, Region
+from freezekit.audit.live.region import STATS, Region
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
@@ -161,6 +161,7 @@ class DriftAuditor:
         """Compare everything, and return the state of things with the step at which each was first seen."""
         changes = self._look(full=True)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
+        self._note(layers, last=True)
         by_owner = _by_owner(changes)
         steps = {name: step for (code, name), step in self._first.items() if code in ("FK101", "FK102")}
         notes = self._region.notes + (() if self._probe is None else tuple(self._probe.notes))
@@ -287,8 +288,6 @@ _UNKNOWN = Cause("unknown")
 _OF_THEIR_OWN = ("FK201", "FK202")
 """Findings of what a layer does, which no tensor that moved explains."""
 
-_STATS = ("running_mean", "running_var", "num_batches_tracked")
-
 
 def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
     """Return the places of what changed, by their names and by those of their layers."""
@@ -301,7 +300,7 @@ def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
 
 def _is_of(finding: Finding, place: Place) -> bool:
     """Tell whether a finding is of what is at a place: of a layer, its statistics, not its weight."""
-    return finding.name == place.name or finding.code == "FK203" or place.role in _STATS
+    return finding.name == place.name or finding.code == "FK203" or place.role in STATS
 
 
 def _one_of(where: str, given: object, what: str, *known: str) -> None:
