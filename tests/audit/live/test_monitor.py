@@ -85,6 +85,24 @@ def test_naive_freezing_is_caught_at_the_first_step_and_explained() -> None:
     )
 
 
+def test_statistics_and_weight_of_one_layer_each_have_their_own_cause() -> None:
+    model, _ = model_and_optimizer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        model.train()
+        model["fc"](model["lin"](model["own"](model["bn"](torch.randn(8, 3))))).sum().backward()
+        for parameter in model["bn"].parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    found = {(f.code, f.name): kind(f) for f in auditor.report().findings}
+    assert found == {
+        ("FK103", "bn.weight"): "weight decay",
+        ("FK103", "bn.bias"): "weight decay",
+        ("FK101", "bn"): "train-mode forward",
+        ("FK104", "own.seen"): "train-mode forward",
+    }
+
+
 def test_the_size_of_the_drift_is_in_sigmas() -> None:
     model, optimizer = model_and_optimizer("ours")
     bn = model["bn"]
