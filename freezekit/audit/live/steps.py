@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,7 +194,7 @@ class Steps:
         self._counts: dict[str, int] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         self._members: weakref.WeakKeyDictionary[Optimizer, _Members] = weakref.WeakKeyDictionary()
-        self._pending: dict[int, tuple[Step, Views]] = {}
+        self._pending: dict[int, tuple[Step, _Risky, bool]] = {}
         self._hooks: list[Any] = []
         self._recorder: Recorder | None = None
 
@@ -230,7 +230,7 @@ class Steps:
         while self.done and self.done[0].interval < before:
             self.done.popleft()
 
-    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self._keep_sources()
@@ -238,11 +238,12 @@ class Steps:
         if not members.frozen:
             return
         known = type(optimizer).__module__.startswith("torch.optim")
-        if not known:
-            self._begin(optimizer, members.that([True] * len(members.frozen)), known)
+        closure = any(callable(given) for given in (*args[1:], *kwargs.values()))
+        if closure or not known:  # a closure may give them gradients yet
+            self._begin(optimizer, members.that([True] * len(members.frozen)), known, closure)
         elif any(map(operator.is_not, map(_GRAD, members.parameters), repeat(None))):
             reached = [*map(operator.is_not, map(_GRAD, members.parameters), repeat(None))]
-            self._begin(optimizer, members.that(reached), known)
+            self._begin(optimizer, members.that(reached), known, closure)
         else:
             members.risky = None
 
@@ -263,21 +264,23 @@ class Steps:
         self._members[optimizer] = found
         return found
 
-    def _begin(self, optimizer: Optimizer, risky: _Risky, known: bool) -> None:
+    def _begin(self, optimizer: Optimizer, risky: _Risky, known: bool, closure: bool) -> None:
         assert self._recorder is not None
         states = getattr(optimizer, "state", {})
         momenta = [_momentum(states.get(parameter)) for parameter in risky.parameters]
         touches = _Touches(risky, optimizer.param_groups, momenta)
         step = Step(self._recorder.now, type(optimizer).__name__, known, user_line(), touches)
-        self._pending[id(optimizer)] = step, risky.values
+        self._pending[id(optimizer)] = step, risky, closure
 
     def _after(self, optimizer: Optimizer, *_: Any) -> None:
         if id(optimizer) in self._pending and not torch.compiler.is_compiling():
             self._finish(id(optimizer))
 
     def _finish(self, key: int) -> None:
-        step, values = self._pending.pop(key)
-        step.touches.finish(values)
+        step, risky, closure = self._pending.pop(key)
+        if closure:  # what it applied is what the closure left there
+            step.touches.grads = _other_than_zero(risky.grads, [*map(_GRAD, risky.parameters)])
+        step.touches.finish(risky.values)
         self.done.append(step)
 
     def _count(self, name: str) -> int:

@@ -360,6 +360,26 @@ def test_the_group_is_named() -> None:
     assert "group 1 of SGD" in causes["0.weight"].detail
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.LBFGS])
+@pytest.mark.parametrize("given", ["by position", "by name"])
+def test_a_gradient_that_the_closure_of_a_step_makes(kind: type[torch.optim.Optimizer], given: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    optimizer = kind(model.parameters(), lr=0.1)  # as Lightning calls it, the backward is inside the step
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3)).square().mean()
+        loss.backward()
+        return loss
+
+    with eye(model, ["0"]) as seen:
+        optimizer.step(closure) if given == "by position" else optimizer.step(closure=closure)
+        causes = seen.look()
+    assert kinds(causes) == {"0.weight": "gradient", "0.bias": "gradient"}
+    assert causes["0.weight"].detail == f"a .grad in group 0 of {kind.__name__}"
+
+
 def test_rows_of_an_embedding_between_the_samples() -> None:
     torch.manual_seed(2)
     model = nn.Sequential(nn.Embedding(5000, 8), nn.Linear(8, 2))
