@@ -45,6 +45,8 @@ class Witness:
 
     def __init__(self, region: Region) -> None:
         self._recorder = Recorder(region)
+        self._unseen: set[str] = set()
+        """What moved while nobody watched: that something else did not move it proves nothing."""
 
     @property
     def now(self) -> int:
@@ -70,6 +72,8 @@ class Witness:
             changes: what was not seen to be changed before; tensors of one layer belong together.
         """
         self._recorder.steps.settle()
+        if not self._recorder.attached:
+            self._unseen.update(change.place.name for change in changes)
         stats = _by_layer(changes)
         causes = {}
         for change in changes:
@@ -196,6 +200,8 @@ class Witness:
         layer = change.place.owner
         if not isinstance(layer, _NormBase) or any(record.calls for record in passes):
             return False
+        if change.place.name in self._unseen:
+            return False
         if not self._was_training(change) or set(stats) != set(STATS):
             return False
         counter = stats["num_batches_tracked"]
@@ -212,6 +218,8 @@ class Witness:
 
     def _is_from_outside(self, change: Change, stats: dict[str, Change], passes: list[Pass]) -> bool:
         """Tell whether no forward that could not be watched may have written to it."""
+        if change.place.name in self._unseen and not (change.replaced or change.what in ("missing", "added")):
+            return False
         if change.place.role == "parameter":
             return True
         watched = any(record.calls for record in passes)

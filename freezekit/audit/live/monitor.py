@@ -131,6 +131,7 @@ class DriftAuditor:
     def attach(self) -> DriftAuditor:
         """Check after optimizer steps from now on; returns itself."""
         if self._hook is None:
+            self._look()  # nobody saw why that moved which has moved by now
             self._witness.attach()
             if self.optimizer is not None:
                 self._hook = self.optimizer.register_step_post_hook(self._after_step)
@@ -214,7 +215,7 @@ class DriftAuditor:
         ]
         if unexplained:
             self._causes.update(self._witness.explain(unexplained))
-            for change in unexplained:
+            for change in unexplained if self._hook is not None else ():
                 self._asked[change.place.name] = self._asked.get(change.place.name, 0) + 1
         self._witness.tick()
         return changes

@@ -103,6 +103,35 @@ def test_statistics_and_weight_of_one_layer_each_have_their_own_cause() -> None:
     }
 
 
+@pytest.mark.parametrize("when", ["before attach", "after detach", "between"])
+def test_what_moved_while_nobody_watched_has_no_cause(when: str) -> None:
+    model, optimizer = model_and_optimizer()
+    auditor = DriftAuditor(model, optimizer, on_drift="record")
+
+    def train() -> None:
+        step(model, optimizer)
+        with torch.no_grad():
+            model["lin"].weight.mul_(1.5)
+
+    if when == "before attach":
+        train()
+        model.eval()
+    with auditor:
+        auditor.check()
+    if when != "before attach":
+        train()
+        model.eval()
+    if when == "between":
+        with auditor:
+            auditor.check()
+    found = {(f.code, f.name): kind(f) for f in auditor.report().findings}
+    assert found == dict.fromkeys([("FK101", "bn"), ("FK104", "own.seen"), ("FK103", "lin.weight")], "unknown")
+    if when == "between":
+        with auditor:  # what is seen again is told
+            step(model, optimizer)
+        assert kind(auditor.report().findings[0]) == "train-mode forward"
+
+
 def test_the_size_of_the_drift_is_in_sigmas() -> None:
     model, optimizer = model_and_optimizer("ours")
     bn = model["bn"]
