@@ -181,8 +181,10 @@ class Witness:
     def _of_mode(self, change: Change, kind: str, *notes: str) -> Cause:
         mode = self._recorder.modes.get(id(change.place.owner))
         where = None if mode is None or mode.where is None else str(mode.where)
-        since = where or "before the auditor was attached"
-        return Cause(kind, ", ".join([f"in train mode since {since}", *notes]), where)
+        since = f" since {where or 'before the auditor was attached'}"
+        if mode is None:
+            since = ""  # it was put in place of the layer that was there, or keeps to a mode of its own
+        return Cause(kind, ", ".join([f"in train mode{since}", *notes]), where)
 
     def _was_training(self, change: Change) -> bool:
         mode = self._recorder.modes.get(id(change.place.owner))

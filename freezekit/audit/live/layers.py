@@ -16,7 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from freezekit.audit.findings import Finding
 from freezekit.audit.live.modes import keeps_itself, modes_after_train
-from freezekit.audit.live.region import Region
+from freezekit.audit.live.region import Region, held_in
 
 __all__ = ["freeze_call", "layer_risks"]
 
@@ -102,7 +102,7 @@ def _may_train(part: _Part, module: nn.Module) -> bool:
 
 def _norm(part: _Part, name: str, module: nn.Module) -> Iterator[Finding]:
     region, prefix = part.region, f"{name}." if name else ""
-    stats = [module._buffers.get(key) is not None for key in ("running_mean", "running_var")]
+    stats = [held_in(module._buffers, key) is not None for key in ("running_mean", "running_var")]
     own = {key: prefix + key in region.places for key, p in module._parameters.items() if p is not None}
     frozen = name in region.layers or id(module) in part.roots
     if not any(stats):

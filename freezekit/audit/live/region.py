@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from freezekit.audit.state import Role
 from freezekit.errors import FreezekitError
 from freezekit.patterns import select
 
-__all__ = ["STATS", "Place", "Region", "is_norm", "layer_of", "places"]
+__all__ = ["STATS", "Place", "Region", "held_in", "is_norm", "layer_of", "places"]
 
 STATS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -41,7 +41,7 @@ class Place:
         owner = self.owner
         held: object
         if self.role == "parameter":
-            held = owner._parameters.get(self.key)
+            held = held_in(owner._parameters, self.key)
         elif self.role == "attribute":
             held = owner.__dict__.get(self.key)
             if self.item is not None:
@@ -50,8 +50,13 @@ class Place:
                 except (KeyError, IndexError, TypeError):
                     return None
         else:
-            held = owner._buffers.get(self.key)
+            held = held_in(owner._buffers, self.key)
         return held if isinstance(held, Tensor) else None
+
+
+def held_in(book: Mapping[str, Tensor | None], key: str) -> Tensor | None:
+    """Return what a module keeps under a name, or ``None``; the books of TorchScript's have no ``get``."""
+    return book[key] if key in book else None
 
 
 def places(model: nn.Module) -> dict[str, Place]:
@@ -64,7 +69,7 @@ def places(model: nn.Module) -> dict[str, Place]:
     modules = list(model.named_modules(remove_duplicate=False))
     for path, module in modules:
         prefix = f"{path}." if path else ""
-        keeps_stats = module._buffers.get("running_mean") is not None
+        keeps_stats = held_in(module._buffers, "running_mean") is not None
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 found[prefix + key] = Place(prefix + key, module, key, "parameter")
@@ -180,7 +185,7 @@ def is_norm(module: nn.Module) -> bool:
     """Tell whether a module is a norm layer, of whichever library."""
     return (
         isinstance(module, _NormBase)
-        or module._buffers.get("running_mean") is not None
+        or held_in(module._buffers, "running_mean") is not None
         or any("Norm" in kind.__name__ for kind in type(module).__mro__ if kind is not nn.Module)
     )
 

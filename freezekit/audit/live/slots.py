@@ -30,7 +30,8 @@ class Slot:
         self.place = place
         self.tensor: Tensor | None = tensor
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self.plain = is_plain(tensor)
+        # TorchScript's modules keep theirs in C++
+        self.plain = is_plain(tensor) and isinstance(place.owner._buffers, dict)
         self.nbytes = tensor.numel() * tensor.element_size()
         # the order of its dimensions in memory, so that a row of it is a view in channels-last too
         strides = tensor.stride() if self.plain else ()

@@ -37,10 +37,11 @@ class Standing:
         slots: Iterable[Slot],
         shaped: Iterable[Slot],
     ) -> None:
-        parents = [m._modules for m in modules.values() if isinstance(m._modules, dict)]  # not TorchScript's
+        # TorchScript's modules have other books, to which nothing can be added
+        parents = [m._modules for m in modules.values() if isinstance(m._modules, dict)]
         self._links = _columns((book, key, child) for book in parents for key, child in book.items())
         self._books: list[_Book] = [
-            book for module in whole for book in (module._parameters, module._buffers)
+            b for module in whole for b in (module._parameters, module._buffers) if isinstance(b, dict)
         ]
         self._sizes = list(map(len, self._books))
         self._gaps = _columns((b, key, None) for b in self._books for key, held in b.items() if held is None)

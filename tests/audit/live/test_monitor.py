@@ -132,6 +132,38 @@ def test_what_moved_while_nobody_watched_has_no_cause(when: str) -> None:
         assert kind(auditor.report().findings[0]) == "train-mode forward"
 
 
+def test_a_layer_put_in_anothers_place_is_not_said_to_train_for_longer_than_it_is_there() -> None:
+    model, optimizer = model_and_optimizer("ours")
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        twin = nn.BatchNorm1d(3).requires_grad_(False)
+        twin.load_state_dict(model["bn"].state_dict())
+        model["bn"] = twin
+        assert auditor.check() == []
+        step(model, optimizer)
+    (finding,) = auditor.report().findings
+    assert str(finding.cause) == "train-mode forward (in train mode)"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:")
+@pytest.mark.parametrize("options", [{}, {"watch": "all"}, {"watch": "norm"}, {"snapshot": "digest"}])
+def test_scripted_layers_are_watched_like_others(options: dict[str, Any]) -> None:
+    model, _ = model_and_optimizer()
+    model["own"] = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3, bias=False)).eval())
+    for parameter in model["own"].parameters():
+        parameter.requires_grad_(False)
+    model["bn"].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with DriftAuditor(model, optimizer, on_drift="record", **options) as auditor:
+        for training in (False, True):
+            model["own"].train(training)
+            model["fc"](model["lin"](model["own"](model["bn"](torch.randn(8, 3))))).sum().backward()
+            optimizer.step()
+        with torch.no_grad():
+            getattr(model["own"], "0").weight[1] += 1
+    found = {(f.code, f.name, f.step) for f in auditor.report().findings}
+    assert found == {("FK101", "own.0", 2), ("FK103", "own.0.weight", 2)}
+
+
 def test_the_size_of_the_drift_is_in_sigmas() -> None:
     model, optimizer = model_and_optimizer("ours")
     bn = model["bn"]
