@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Literal
@@ -133,6 +134,8 @@ class DriftAuditor:
         if self._hook is None:
             self._look()  # nobody saw why that moved which has moved by now
             self._witness.attach()
+            # whoever drops it together with its optimizer can no longer call detach
+            self._dropped = weakref.finalize(self, self._witness.detach)
             if self.optimizer is not None:
                 self._hook = self.optimizer.register_step_post_hook(self._after_step)
             else:
@@ -146,7 +149,7 @@ class DriftAuditor:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-            self._witness.detach()
+            self._dropped()
             if self._probe is not None:
                 self._probe.disarm()
 

@@ -56,7 +56,7 @@ class Place:
 
 def held_in(book: Mapping[str, Tensor | None], key: str) -> Tensor | None:
     """Return what a module keeps under a name, or ``None``; the books of TorchScript's have no ``get``."""
-    return book[key] if key in book else None
+    return book[key] if key in book else None  # noqa: SIM401
 
 
 def places(model: nn.Module) -> dict[str, Place]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pickle
 import re
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +127,9 @@ def test_what_moved_while_nobody_watched_has_no_cause(when: str) -> None:
         with auditor:
             auditor.check()
     found = {(f.code, f.name): kind(f) for f in auditor.report().findings}
-    assert found == dict.fromkeys([("FK101", "bn"), ("FK104", "own.seen"), ("FK103", "lin.weight")], "unknown")
+    assert found == dict.fromkeys(
+        [("FK101", "bn"), ("FK104", "own.seen"), ("FK103", "lin.weight")], "unknown"
+    )
     if when == "between":
         with auditor:  # what is seen again is told
             step(model, optimizer)
@@ -162,6 +166,19 @@ def test_scripted_layers_are_watched_like_others(options: dict[str, Any]) -> Non
             getattr(model["own"], "0").weight[1] += 1
     found = {(f.code, f.name, f.step) for f in auditor.report().findings}
     assert found == {("FK101", "own.0", 2), ("FK103", "own.0.weight", 2)}
+
+
+def test_an_auditor_dropped_with_its_optimizer_lets_go_of_the_model() -> None:
+    setter = vars(nn.Module)["load_state_dict"]
+    model, optimizer = model_and_optimizer("ours")
+    auditor = DriftAuditor(model, optimizer).attach()
+    assert vars(nn.Module)["load_state_dict"] is not setter
+    gone = weakref.ref(model)
+    del model, optimizer, auditor  # as in a notebook's cell that is run again
+    gc.collect()  # finds the auditor
+    gc.collect()  # and what it held
+    assert gone() is None
+    assert vars(nn.Module)["load_state_dict"] is setter
 
 
 def test_the_size_of_the_drift_is_in_sigmas() -> None:
