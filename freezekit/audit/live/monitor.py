@@ -17,7 +17,7 @@ from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
 from freezekit.audit.live.probe import Probe
-from freezekit.audit.live.region import STATS, Region
+from freezekit.audit.live.region import STATS, Place, Region, layer_of
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
@@ -122,6 +122,7 @@ class DriftAuditor:
         self._first: dict[tuple[str, str], int] = {}
         self._causes: dict[str, Cause] = {}
         self._asked: dict[str, int] = {}
+        self._seen: set[tuple[str, str]] = set()
         self._hook: Any = None
 
     @property
@@ -226,7 +227,7 @@ class DriftAuditor:
     def _react(self, changes: list[Change]) -> list[Finding]:
         """Raise, warn of, or record what is new."""
         findings = list(self._behaviour.values())
-        if changes:
+        if changes and self._is_news(changes):
             layers, moved, _ = describe(self._snapshot, changes, only=True)
             findings = [*moved, *findings]
             self._note(layers)
@@ -245,6 +246,12 @@ class DriftAuditor:
             raise DriftError(f"{worst}{more}", self.report(), remedy=worst.fix)
         warnings.warn(f"{worst}{more}. Remedy: {worst.fix}", DriftWarning, stacklevel=3)
         return new
+
+    def _is_news(self, changes: list[Change]) -> bool:
+        """Tell whether something else moved than at the last look, or the course of a layer is to be noted."""
+        before, self._seen = self._seen, {(change.place.name, change.what) for change in changes}
+        layers = {layer_of(change.place) for change in changes if change.place.role in STATS}
+        return self._seen != before or any(self._timeline.due(layer, self.step) for layer in layers)
 
     def _note(self, layers: list[LayerDrift], *, last: bool = False) -> None:
         """Record how far each layer is, at the steps that are kept, and at the last."""
