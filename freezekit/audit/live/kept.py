@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from freezekit.audit.live.tensors import INTS
 
-__all__ = ["Kept", "bits_of", "is_plain", "same_bits"]
+__all__ = ["Kept", "Rows", "bits_of", "is_plain", "same_bits"]
 
 _PLAIN = frozenset(
     {
@@ -35,6 +40,34 @@ def bits_of(tensor: Tensor) -> Tensor:
     elif tensor.is_neg():
         tensor = tensor.resolve_neg()
     return tensor.reshape(-1).view(INTS[tensor.element_size()])
+
+
+class Rows:
+    """Rows of bits of one dtype on one device that are joined again and again, as they are then.
+
+    On the CPU by numpy, which takes a third of torch's time for many small ones, from the memory itself:
+    ``tensor.numpy()`` would forbid the tensor to be resized ever after. So whoever asks makes sure first that
+    the tensors are still in that memory.
+    """
+
+    def __init__(self, rows: Sequence[Tensor]) -> None:
+        self._rows = rows  # their memory stays while this does
+        self._arrays = [_array(row) for row in rows] if all(row.is_cpu for row in rows) else None
+
+    def joined(self) -> Tensor:
+        """Return the bits as they are now."""
+        if self._arrays is None:
+            return torch.cat([*self._rows])
+        return torch.from_numpy(np.concatenate(self._arrays))
+
+
+def _array(row: Tensor) -> npt.NDArray[np.generic]:
+    """Return the memory of a row as an array."""
+    step = row.stride(0) if row.numel() else 1
+    size = ((row.numel() - 1) * step + 1) * row.element_size() if row.numel() else 0
+    memory = memoryview((ctypes.c_char * size).from_address(row.data_ptr()))
+    kind = "u1" if row.element_size() == 1 else f"i{row.element_size()}"
+    return np.frombuffer(memory, np.dtype(kind))[::step]
 
 
 def same_bits(before: Tensor, now: Tensor) -> bool:

@@ -248,7 +248,7 @@ class DriftAuditor:
         return new
 
     def _is_news(self, changes: list[Change]) -> bool:
-        """Tell whether something else moved than at the last look, or the course of a layer is to be noted."""
+        """Tell whether something else moved than at the last look, or a layer's course is to be noted."""
         before, self._seen = self._seen, {(change.place.name, change.what) for change in changes}
         layers = {layer_of(change.place) for change in changes if change.place.role in STATS}
         return self._seen != before or any(self._timeline.due(layer, self.step) for layer in layers)

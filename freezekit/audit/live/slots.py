@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freezekit.audit.live.change import What
-from freezekit.audit.live.kept import Kept, bits_of, is_plain, same_bits
+from freezekit.audit.live.kept import Kept, Rows, bits_of, is_plain, same_bits
 from freezekit.audit.live.region import Place
 from freezekit.audit.live.tensors import pointer, version
 
@@ -124,7 +124,7 @@ class Joined:
     def __init__(self, slots: Sequence[Slot], *, digest: bool, host: bool) -> None:
         self.slots = slots
         self.retake()
-        row = self._row()
+        row = self._rows.joined()
         self.kept = Kept(row, digest=digest, host=host)
         start = 0
         for slot in slots:
@@ -136,12 +136,9 @@ class Joined:
     def retake(self) -> None:
         """Take the tensors that the slots have now."""
         self._fit = all(slot.what == "value" and slot.tensor is not None for slot in self.slots)
-        self._tensors = [slot.tensor for slot in self.slots if slot.tensor is not None]
-        self._scalar = len(self.slots[0].shape) == 0
+        if self._fit:
+            self._rows = Rows([bits_of(slot.tensor) for slot in self.slots if slot.tensor is not None])
 
     def differs(self) -> Tensor | bool:
         """Tell whether any of them differs; if one is missing or of another kind, each must be asked."""
-        return not self._fit or self.kept.differs(self._row())
-
-    def _row(self) -> Tensor:
-        return bits_of(torch.stack(self._tensors) if self._scalar else torch.cat(self._tensors))
+        return not self._fit or self.kept.differs(self._rows.joined())

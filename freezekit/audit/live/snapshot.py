@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from freezekit.audit.live.change import Change
-from freezekit.audit.live.kept import Kept, is_plain
+from freezekit.audit.live.kept import Kept, Rows, is_plain
 from freezekit.audit.live.region import Place, Region, layer_of, places
 from freezekit.audit.live.slots import Joined, Slot
 from freezekit.audit.live.standing import Standing
@@ -157,7 +157,10 @@ class Snapshot:
             self._queue.append((sum(slot.nbytes for slot in group.slots), (group.slots, group.differs)))
         self._quota = max(_LEAST, -(-sum(size for size, _ in self._queue) // WINDOW))
         # of a tensor put in another's place these are not the frozen values: that costs looks in vain
-        self._samples = [(*both, Kept(torch.cat(both[1]), **self._options)) for both in samples.values()]
+        self._samples = []
+        for slots, views in samples.values():
+            rows = Rows(views)
+            self._samples.append((slots, rows, Kept(rows.joined(), **self._options)))
 
     def _locate(self) -> None:
         """Find every tensor's place in the model as it is now."""
@@ -196,7 +199,7 @@ class Snapshot:
         located = self._standing.has_modules() and all(place.tensor() is not None for place in self._added)
         if not located:
             self._locate()
-        hinted = dict.fromkeys(slot for slot in self._odd if slot.place.tensor() is not slot.tensor)
+        hinted = dict.fromkeys(slot for slot in self._odd if slot.has_gone())
         if hinted or not located or not self._standing.has_tensors():
             self._write_down()
             hinted = dict.fromkeys(slot for slot in self.slots.values() if slot.has_gone())
@@ -218,7 +221,7 @@ class Snapshot:
             asked |= dict.fromkeys(self._turning)
         else:
             vague += self._due()
-            vague += [(slots, partial(_sample_differs, views, kept)) for slots, views, kept in self._samples]
+            vague += [(slots, partial(_sample_differs, rows, kept)) for slots, rows, kept in self._samples]
         answers: list[_Answer] = [((slot,), yes) for slot in asked for yes in slot.differs()]
         moved, doubted = _told(answers, [(slots, differs()) for slots, differs in vague])
         again: list[_Answer] = [((slot,), yes) for slot in doubted - asked.keys() for yes in slot.differs()]
@@ -249,8 +252,8 @@ class Snapshot:
             slot.version = count
 
 
-def _sample_differs(views: list[Tensor], kept: Kept) -> Tensor | bool:
-    return kept.differs(torch.cat(views))
+def _sample_differs(rows: Rows, kept: Kept) -> Tensor | bool:
+    return kept.differs(rows.joined())
 
 
 def _told(*questions: list[_Answer]) -> list[set[Slot]]:
