@@ -69,7 +69,8 @@ CODES: dict[str, tuple[str, Level]] = {
 #: kind of cause -> what to do about it
 CAUSES: dict[str, str] = {
     "train-mode forward": "requires_grad=False does not stop running statistics; "
-    "freezekit.freeze_backbone(model) keeps the layer in eval mode whatever model.train() does",
+    "freezekit.freeze_backbone(model), or freezekit.freeze(model, NAMES) for a part, keeps the layer in "
+    "eval mode whatever model.train() does",
     "own forward": "the layer writes to its own state in eval mode too: change its forward, or take "
     "it out of the frozen part",
     "recompute": "freezekit.freeze_backbone(model) keeps the layer in eval mode, so that computing it "
