@@ -37,6 +37,7 @@ class Slot:
         strides = tensor.stride() if self.plain else ()
         self._order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
         self.pointer, self.version = pointer(tensor), version(tensor)
+        self.strides = strides
         self.pieces: list[tuple[int, int, Kept]] = []
         self.whole: Tensor | None = None
         """A copy, where the tensor is no plain row of numbers."""
@@ -72,6 +73,8 @@ class Slot:
         if now is None or self.tensor is None or now is not self.tensor:
             return now is not self.tensor
         here = "shape" if now.shape != self.shape else "dtype" if now.dtype != self.dtype else "value"
+        if self.plain and is_plain(now) and now.stride() != self.strides:
+            return True
         return pointer(now) != self.pointer or here != (self.what if self.what != "device" else "value")
 
     def take(self, tensor: Tensor | None) -> None:
@@ -85,6 +88,7 @@ class Slot:
             self.what = "missing"
             return
         self.pointer = pointer(tensor)
+        self.strides = tensor.stride() if is_plain(tensor) else ()
         if tensor.shape != self.shape:
             self.what = "shape"
         elif tensor.dtype != self.dtype:

@@ -27,7 +27,7 @@ class Standing:
         modules: every module, by name.
         whole: the modules to which nothing may be added.
         slots: the tensors, each plain and in a module's own books.
-        shaped: those of them whose shape is to be looked at: of a row, another length shows.
+        matrices: those of them that may be transposed in the same memory.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Standing:
         modules: Mapping[str, nn.Module],
         whole: Iterable[nn.Module],
         slots: Iterable[Slot],
-        shaped: Iterable[Slot],
+        matrices: Iterable[Slot],
     ) -> None:
         # TorchScript's modules have other books, to which nothing can be added
         parents = [m._modules for m in modules.values() if isinstance(m._modules, dict)]
@@ -49,8 +49,9 @@ class Standing:
         self._places = _columns((_book(slot), slot.place.key, slot.tensor) for slot in self.slots)
         self._pointers = [slot.pointer for slot in self.slots]
         self._dtypes = list(map(_dtype, self._places[2]))
-        self._shaped = [slot.tensor for slot in shaped]
-        self._shapes = list(map(_shape, self._shaped))
+        self._shapes = list(map(_shape, self._places[2]))
+        self._matrices = [slot.tensor for slot in matrices if slot.tensor is not None]
+        self._strides = list(map(Tensor.stride, self._matrices))
 
     def has_modules(self) -> bool:
         """Tell whether every module is there, and nothing was added to those that are frozen whole."""
@@ -59,13 +60,14 @@ class Standing:
         )
 
     def has_tensors(self) -> bool:
-        """Tell whether every tensor is there, in the same memory, of the same dtype and shape."""
+        """Tell whether every tensor is there, in the same memory, and laid out in it as before."""
         tensors = self._places[2]
         return (
             _as_noted(*self._places)
             and list(map(Tensor.data_ptr, tensors)) == self._pointers
             and list(map(_dtype, tensors)) == self._dtypes
-            and list(map(_shape, self._shaped)) == self._shapes
+            and list(map(_shape, tensors)) == self._shapes
+            and list(map(Tensor.stride, self._matrices)) == self._strides
         )
 
     def counts(self) -> list[int]:

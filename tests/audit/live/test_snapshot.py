@@ -267,6 +267,24 @@ def test_views_of_the_same_memory_in_another_shape() -> None:
     assert [(c.place.name, c.what) for c in snapshot.look()] == [("bias", "dtype")]
 
 
+def test_a_square_matrix_transposed_in_place() -> None:
+    model = frozen(nn.Linear(300, 300))
+    snapshot = Snapshot(Region(model), turns=True)
+    model.weight.data = model.weight.data.t()
+    assert names(snapshot) == ["weight"]
+    model.weight.data = model.weight.data.t()
+    assert names(snapshot) == []
+
+
+def test_a_buffer_resized_in_the_same_memory() -> None:
+    model = frozen(nn.BatchNorm1d(6))
+    snapshot = Snapshot(Region(model), turns=True)
+    model.running_mean.data = model.running_mean.data[:3]
+    assert [(c.place.name, c.what) for c in snapshot.look()] == [("running_mean", "shape")]
+    model.running_var.resize_(2)
+    assert names(snapshot) == ["running_mean", "running_var"]
+
+
 def test_inference_tensors() -> None:
     with torch.inference_mode():
         model = frozen(nn.BatchNorm1d(3))
