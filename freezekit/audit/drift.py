@@ -11,11 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from freezekit.audit.findings import CAUSES, Finding, LayerDrift
-from freezekit.audit.state import StateTable, TensorState
+from freezekit.audit.state import STATS, StateTable, TensorState
 
 __all__ = ["compare", "compare_structure", "describe_layer", "health", "same_bits"]
-
-_STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 _FIXES = {
     "FK101": CAUSES["train-mode forward"],
@@ -93,7 +91,7 @@ def compare(
     done: set[str] = set()
     for name in [*before, *(name for name in after if name not in before)]:
         layer = name.rpartition(".")[0]
-        if layer in norms and name.rpartition(".")[2] in _STATS:
+        if layer in norms and name.rpartition(".")[2] in STATS:
             if layer not in done:
                 done.add(layer)
                 drift, found, moved = _compare_layer(
@@ -120,7 +118,7 @@ def _gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
 def _compare_layer(
     layer: str, before: StateTable, after: StateTable, frozen: Collection[str], kind: str | None, eps: float
 ) -> tuple[list[LayerDrift], list[Finding], list[str]]:
-    names = [_join(layer, stat) for stat in _STATS]
+    names = [_join(layer, stat) for stat in STATS]
     watched = [name for name in names if name in frozen]
     structural = [
         problem

@@ -13,9 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DTYPE_SIZES", "Role", "StateTable", "TensorState", "role_of"]
+__all__ = ["DTYPE_SIZES", "STATS", "Role", "StateTable", "TensorState", "role_of"]
 
 Role = Literal["running_mean", "running_var", "num_batches_tracked", "parameter", "buffer", "attribute"]
+
+#: what a norm layer keeps of the batches it has seen
+STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 #: dtypes whose values can be read, as torch names them, with their size in bytes
 DTYPE_SIZES: dict[str, int] = {
@@ -90,7 +93,7 @@ def role_of(name: str, dtype: str) -> Role:
     ('running_mean', 'buffer')
     """
     last = name.rpartition(".")[2]
-    if last in ("running_mean", "running_var", "num_batches_tracked"):
+    if last in STATS:
         return last  # type: ignore[return-value]  # one of the three literals just tested for
     return "parameter" if dtype.startswith(("float", "bfloat", "complex")) else "buffer"
 

@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from freezekit.audit.findings import Cause
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.evidence import Event, Pass, Recorder
-from freezekit.audit.live.region import STATS, Region
+from freezekit.audit.live.region import Region
 from freezekit.audit.live.steps import Step, Touch
+from freezekit.audit.state import STATS
 
 __all__ = ["Witness"]
 

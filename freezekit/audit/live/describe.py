@@ -10,10 +10,10 @@ from freezekit.audit import drift
 from freezekit.audit.findings import Finding, LayerDrift
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.kept import bits_of
-from freezekit.audit.live.region import STATS, Place
+from freezekit.audit.live.region import Place
 from freezekit.audit.live.slots import Slot
 from freezekit.audit.live.snapshot import Snapshot
-from freezekit.audit.state import DTYPE_SIZES, StateTable, TensorState
+from freezekit.audit.state import DTYPE_SIZES, STATS, StateTable, TensorState
 
 __all__ = ["describe"]
 

@@ -17,8 +17,9 @@ from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
 from freezekit.audit.live.probe import Probe
-from freezekit.audit.live.region import STATS, Place, Region, layer_of
+from freezekit.audit.live.region import Place, Region, layer_of
 from freezekit.audit.live.snapshot import Snapshot
+from freezekit.audit.state import STATS
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import DriftError, DriftWarning, FreezekitError
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from freezekit.audit.state import Role
+from freezekit.audit.state import STATS, Role
 from freezekit.errors import FreezekitError
 from freezekit.patterns import select
 
-__all__ = ["STATS", "Place", "Region", "held_in", "is_norm", "layer_of", "places"]
-
-STATS = ("running_mean", "running_var", "num_batches_tracked")
+__all__ = ["Place", "Region", "held_in", "is_norm", "layer_of", "places"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
