@@ -124,6 +124,7 @@ class DriftAuditor:
         self._causes: dict[str, Cause] = {}
         self._asked: dict[str, int] = {}
         self._seen: set[tuple[str, str]] = set()
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: Any = None
 
     @property
@@ -205,9 +206,13 @@ class DriftAuditor:
             self.check()
 
     def _after_any_step(self, optimizer: Optimizer, *_: Any) -> None:
-        ours = {id(parameter) for parameter in self.model.parameters()}
-        if any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
-            self._after_step()
+        if optimizer not in self._followed:
+            # asked once: going through the whole model takes as long as a check
+            ours = {id(parameter) for parameter in self.model.parameters()}
+            if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+                return
+            self._followed.add(optimizer)
+        self._after_step()
 
     def _look(self, *, full: bool = False) -> list[Change]:
         """Compare, and look for the causes of what moved."""
