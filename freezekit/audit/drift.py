@@ -1,9 +1,8 @@
-"""Drift: two states of the same tensors compared bit for bit, and statistics judged by themselves."""
+"""Drift: two states of the same tensors compared bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -11,9 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from freezekit.audit.findings import CAUSES, Finding, LayerDrift
-from freezekit.audit.state import STATS, StateTable, TensorState
+from freezekit.audit.health import gone_bad
+from freezekit.audit.state import STATS, StateTable, TensorState, counter_value, joined
 
-__all__ = ["compare", "compare_structure", "describe_layer", "health", "same_bits"]
+__all__ = ["compare", "compare_structure", "describe_layer", "same_bits"]
+
+Vector = npt.NDArray[np.float64]
 
 _FIXES = {
     "FK101": CAUSES["train-mode forward"],
@@ -23,13 +25,7 @@ _FIXES = {
     "FK104": "freezekit.freeze_backbone(model) holds the layer in eval mode; if it writes its buffer in eval "
     "mode too, that is in its own forward",
     "FK105": "compare checkpoints of the same model in the same dtype, and do not replace frozen layers",
-    "FK401": "restore the statistics from the base checkpoint, or recalibrate them on clean data",
-    "FK402": "restore the statistics from the base checkpoint: a variance cannot be negative",
-    "FK403": "calibrate the layer, or load the weights this file was meant to hold",
-    "FK404": "harmless if part of the model was frozen; otherwise the file mixes two models",
 }
-
-Array = npt.NDArray[np.float64]
 
 
 def same_bits(before: TensorState, after: TensorState) -> bool:
@@ -70,6 +66,7 @@ def compare(
     *,
     kinds: Mapping[str, str] | None = None,
     eps: Mapping[str, float] | None = None,
+    scatter: bool = False,
 ) -> tuple[list[LayerDrift], list[Finding], list[str]]:
     """Compare the frozen tensors of two states.
 
@@ -79,6 +76,7 @@ def compare(
         frozen: names of the tensors that must not differ.
         kinds: class of each layer, where known.
         eps: the layer's ``eps``, where known; otherwise 1e-5.
+        scatter: whether to keep the drift of each channel of the layers that moved.
 
     Returns:
         every layer with running statistics, the findings (one a layer or tensor), and the names of the
@@ -95,7 +93,13 @@ def compare(
             if layer not in done:
                 done.add(layer)
                 drift, found, moved = _compare_layer(
-                    layer, before, after, frozen, (kinds or {}).get(layer), (eps or {}).get(layer, 1e-5)
+                    layer,
+                    before,
+                    after,
+                    frozen,
+                    (kinds or {}).get(layer),
+                    (eps or {}).get(layer, 1e-5),
+                    scatter,
                 )
                 layers += drift
                 findings += found
@@ -105,20 +109,19 @@ def compare(
             if problem is not None:
                 findings.append(problem)
                 changed.append(name)
-    return layers, [*findings, *_gone_bad(before, after)], changed
-
-
-def _gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
-    """Return NaN, infinity and negative variances that were not there before."""
-    known = {(finding.code, finding.name) for finding in health(before)}
-    found = [finding for finding in health(after) if finding.code in ("FK401", "FK402")]
-    return [finding for finding in found if (finding.code, finding.name) not in known]
+    return layers, [*findings, *gone_bad(before, after)], changed
 
 
 def _compare_layer(
-    layer: str, before: StateTable, after: StateTable, frozen: Collection[str], kind: str | None, eps: float
+    layer: str,
+    before: StateTable,
+    after: StateTable,
+    frozen: Collection[str],
+    kind: str | None,
+    eps: float,
+    scatter: bool,
 ) -> tuple[list[LayerDrift], list[Finding], list[str]]:
-    names = [_join(layer, stat) for stat in STATS]
+    names = [joined(layer, stat) for stat in STATS]
     watched = [name for name in names if name in frozen]
     structural = [
         problem
@@ -134,15 +137,18 @@ def _compare_layer(
         return [], [], []  # not frozen, and in one of the two only
     moved = [name for name in watched if not same_bits(before[name], after[name])]
     stats = [table[name] for name in names[:2] for table in (before, after) if name in table]
-    shift, ratio = None, None
+    shift, ratio, channels = None, None, None
     if in_both and len({t.shape for t in stats}) == 1 and not any(t.unsupported for t in stats):
-        shift, ratio = _shift_and_ratio(before, after, layer, eps)
+        channels = _measure(before, after, layer, eps)
+        shift, ratio = _worst(*channels)
     counts = [counter_value(table.get(names[2])) for table in (before, after)]
     batches = None if counts[0] is None or counts[1] is None else counts[1] - counts[0]
     drift = [
         replace(known, batches=batches, mean_shift_sigma=shift, var_ratio=ratio, changed=bool(moved))
         for known in drift
     ]
+    if scatter and moved and channels is not None:
+        drift = [replace(known, scatter=_scattered(*channels)) for known in drift]
     if not moved:
         return drift, [], []
     over = "" if batches is None or batches < 0 else f" over {batches} batch{'' if batches == 1 else 'es'}"
@@ -199,91 +205,43 @@ def compare_structure(name: str, before: TensorState | None, after: TensorState 
     return _finding("FK105", name, message)
 
 
-def _shift_and_ratio(
-    before: StateTable, after: StateTable, layer: str, eps: float
-) -> tuple[float | None, float | None]:
-    """Return drift in units a person can judge, the worst channel of each; always finite.
+def _measure(before: StateTable, after: StateTable, layer: str, eps: float) -> tuple[Vector, Vector]:
+    """Return drift in units a person can judge, of each channel: shift and spread; always finite.
 
     A channel that is not finite before or after is left out: FK401 tells of it.
     """
     mean_0, mean_1, var_0, var_1 = (
-        table[_join(layer, stat)].values().ravel()
+        table[joined(layer, stat)].values().ravel()
         for stat in ("running_mean", "running_var")
         for table in (before, after)
     )
     usable = np.isfinite(mean_0) & np.isfinite(mean_1) & np.isfinite(var_0) & np.isfinite(var_1)
-    if not usable.any():
-        return None, None
     sigma_0, sigma_1 = (np.sqrt(np.maximum(var[usable], 0.0) + max(eps, 1e-12)) for var in (var_0, var_1))
-    with np.errstate(over="ignore"):
-        shift = np.abs(mean_1[usable] - mean_0[usable]) / sigma_0
-        ratio = sigma_1 / sigma_0
     largest = np.finfo(np.float64).max
-    worst = int(np.argmax(np.abs(np.log(ratio))))
-    return float(min(shift.max(), largest)), float(min(ratio[worst], largest))
+    with np.errstate(over="ignore"):
+        shift = np.clip((mean_1[usable] - mean_0[usable]) / sigma_0, -largest, largest)
+        ratio = np.minimum(sigma_1 / sigma_0, largest)
+    return shift, ratio
+
+
+def _worst(shift: Vector, ratio: Vector) -> tuple[float | None, float | None]:
+    """Return the largest shift, and the spread furthest from 1."""
+    if not shift.size:
+        return None, None
+    return float(np.abs(shift).max()), float(ratio[int(np.argmax(np.abs(np.log(ratio))))])
+
+
+def _scattered(shift: Vector, ratio: Vector) -> tuple[tuple[float, float], ...]:
+    # four digits are more than a picture shows, and keep the JSON short
+    return tuple((float(f"{x:.4g}"), float(f"{y:.4g}")) for x, y in zip(shift, ratio, strict=True))
 
 
 def describe_layer(layer: str, table: StateTable, kind: str | None = None) -> LayerDrift:
     """Return a layer's line in the report without a comparison."""
-    channels = table[_join(layer, "running_mean")].numel
-    counter = counter_value(table.get(_join(layer, "num_batches_tracked")))
+    channels = table[joined(layer, "running_mean")].numel
+    counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
     return LayerDrift(layer, kind or "BatchNorm", channels, counter)
-
-
-def counter_value(counter: TensorState | None) -> int | None:
-    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
-    if counter is None or counter.unsupported or counter.numel != 1:
-        return None
-    value = float(counter.values().ravel()[0])
-    return int(value) if np.isfinite(value) else None
-
-
-def health(table: StateTable) -> list[Finding]:
-    """Judge the running statistics of one state by themselves (FK4xx)."""
-    findings: list[Finding] = []
-    counters: dict[str, int] = {}
-    for layer in table.norm_layers():
-        mean = table[_join(layer, "running_mean")]
-        var = table[_join(layer, "running_var")]
-        if mean.unsupported or var.unsupported:
-            continue  # the notes say so
-        means, variances = mean.values(), var.values()
-        bad = int((~np.isfinite(means)).sum() + (~np.isfinite(variances)).sum())
-        if bad:
-            findings.append(
-                _finding("FK401", layer, f"{bad} of {means.size + variances.size} values are NaN or infinite")
-            )
-        negative = int((variances < 0).sum())
-        if negative:
-            findings.append(
-                _finding(
-                    "FK402",
-                    layer,
-                    f"{negative} of {variances.size} variances are negative, down to {variances.min():.3g}",
-                )
-            )
-        counter = counter_value(table.get(_join(layer, "num_batches_tracked")))
-        if counter is not None:
-            counters[layer] = counter
-        if means.size and not means.any() and bool((variances == 1).all()):
-            seen = "" if counter is None else f" (num_batches_tracked is {counter})"
-            findings.append(_finding("FK403", layer, f"running_mean is all 0 and running_var all 1{seen}"))
-    if len(set(counters.values())) > 1:
-        # Named after the odd ones out, since most layers agree in any real file.
-        common, _ = Counter(counters.values()).most_common(1)[0]
-        odd = [layer for layer, count in counters.items() if count != common]
-        shown = ", ".join(f"{layer}: {counters[layer]}" for layer in odd[:3]) + (
-            ", ..." if len(odd) > 3 else ""
-        )
-        findings.append(
-            _finding("FK404", odd[0], f"{len(odd)} of {len(counters)} layers differ from {common} ({shown})")
-        )
-    return findings
 
 
 def _finding(code: str, name: str, message: str) -> Finding:
     return Finding(code, name, message, _FIXES[code])
-
-
-def _join(layer: str, own: str) -> str:
-    return f"{layer}.{own}" if layer else own

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-
-import numpy as np
 
 from freezekit.audit import drift, saved
 from freezekit.audit import manifest as manifests
+from freezekit.audit.aligning import align, named_as_in
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import DriftReport
+from freezekit.audit.frozen_set import differing, inferred
+from freezekit.audit.health import health
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
 from freezekit.manifest import Manifest, bare_name
-from freezekit.patterns import below, select
+from freezekit.patterns import select
 
 __all__ = ["audit_checkpoint"]
 
@@ -96,13 +96,13 @@ def audit_checkpoint(
         return saved.with_report_inside(_alone(table), table)
     base = read_checkpoint(against)
     holds_manifest = table.manifest is not None
-    table, base, prefix, notes = _align(table, base)
+    table, base, prefix, notes = align(table, base)
     if holds_manifest:
         notes += (
             f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
         )
     if frozen is None:
-        names, scope = _inferred(base, table)
+        names, scope = inferred(base, table)
     else:
         every = list(dict.fromkeys([*base, *table]))
         # as the file has the names, or as they are without the prefix
@@ -115,7 +115,7 @@ def audit_checkpoint(
     names -= absent
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
-    compared, findings, changed = drift.compare(base, table, names)
+    compared, findings, changed = drift.compare(base, table, names, scatter=True)
     return DriftReport(
         table.source,
         base.source,
@@ -124,7 +124,7 @@ def audit_checkpoint(
         tuple(changed),
         tuple(compared),
         tuple(findings),
-        (*notes, *_trained(base, table, names | absent)),
+        (*notes, *differing(base, table, names | absent)),
     )
 
 
@@ -147,19 +147,17 @@ def _alone(table: StateTable) -> DriftReport:
     layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
     notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
     notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
-    return DriftReport(
-        table.source, None, "statistics only", 0, (), layers, tuple(drift.health(table)), notes
-    )
+    return DriftReport(table.source, None, "statistics only", 0, (), layers, tuple(health(table)), notes)
 
 
 def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateTable | None) -> DriftReport:
     """Compare with what a manifest says was frozen."""
     notes = table.notes
     if base is not None:
-        table, base, _, notes = _align(table, base)
+        table, base, _, notes = align(table, base)
     known = manifests.digest_table(manifest, label)
     ties = {bare_name(t.name): bare_name(t.tied_to) for t in manifest.tensors if t.tied_to}
-    rename = _named_as_in(table, known)
+    rename = named_as_in(table, known)
     renamed = StateTable([replace(tensor, name=rename(name)) for name, tensor in known.items()], label)
     if known and not any(name in table for name in renamed):
         raise FreezekitError(
@@ -171,7 +169,7 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
     known, ties = renamed, {rename(name): rename(first) for name, first in ties.items()}
     outcome = manifests.compare(known, ties, table, base)
     if base is not None:
-        notes += tuple(_trained(base, table, known))
+        notes += tuple(differing(base, table, known))
     return DriftReport(
         table.source,
         label if base is None else base.source,
@@ -182,97 +180,3 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
         tuple(outcome.findings),
         (*notes, *outcome.notes),
     )
-
-
-def _inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
-    """Take the layers for frozen whose trainable parameters stayed bit-identical, with their statistics."""
-    own: dict[str, list[str]] = {}
-    for name in base:
-        own.setdefault(name.rpartition(".")[0], []).append(name)
-    every = sorted(name for name, tensor in base.items() if tensor.role == "parameter")
-    layers = base.norm_layers()
-    frozen: set[str] = set()
-    kept = 0
-    for layer in layers:
-        scope, parameters = layer, below(layer, every)
-        while scope and not parameters:  # a BN without parameters goes with what is beside it
-            scope = scope.rpartition(".")[0]
-            parameters = below(scope, every)
-        same = all(_same(name, base, table, recast=True) for name in parameters)
-        # A layer that is gone cannot be told to have trained, and must not pass for clean.
-        missing = not any(name in table for name in own[layer])
-        kept += same and not missing
-        if same or missing:
-            frozen.update(own[layer])
-    return frozen, f"inferred: {kept} of {len(layers)} BN layers kept their parameters bit for bit"
-
-
-def _same(name: str, base: StateTable, table: StateTable, *, recast: bool = False) -> bool:
-    """Tell whether both files hold a tensor with the same bits, or (``recast``) as another dtype has them."""
-    if name not in base or name not in table or base[name].unsupported or table[name].unsupported:
-        return False
-    before, after = base[name], table[name]
-    if recast and before.dtype != after.dtype and before.shape == after.shape:
-        # half a unit in the last place of bfloat16; who trains in between is not frozen in either dtype
-        return bool(np.allclose(before.values(), after.values(), rtol=2**-8, atol=1e-7, equal_nan=True))
-    return drift.same_bits(before, after)
-
-
-def _trained(base: StateTable, table: StateTable, frozen: Collection[str]) -> list[str]:
-    """Describe what differs outside the frozen part, which is no finding."""
-    other = [n for n in dict.fromkeys([*base, *table]) if n not in frozen]
-    differing = [name for name in other if not _same(name, base, table)]
-    if not differing:
-        return ["outside it nothing differs"] if other else []
-    shown = ", ".join(differing[:4]) + (", ..." if len(differing) > 4 else "")
-    return [f"{len(differing)} of {len(other)} other tensors differ, as trained ones do: {shown}"]
-
-
-def _align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, str, tuple[str, ...]]:
-    """Strip from either file the prefix by which its names differ from the other's (``model.``, ...)."""
-    notes = tuple(f"{t.source}: {note}" for t in (table, base) for note in t.notes)
-    prefix = _extra_prefix(table, base)
-    if prefix:
-        table = _strip(table, prefix)
-        notes += (f"{table.source}: prefix {prefix!r} stripped to match the base",)
-    elif prefix := _extra_prefix(base, table):
-        base = _strip(base, prefix)
-        notes += (f"{base.source}: prefix {prefix!r} stripped to match the checkpoint",)
-    if not any(name in base for name in table):
-        raise FreezekitError(
-            "the two files have no tensor name in common, so they are not of the same model",
-            where=f"{table.source}, {base.source}",
-            got=f"{next(iter(table))!r} and {next(iter(base))!r}",
-            remedy="give the checkpoint training started from",
-        )
-    return table, base, prefix, notes
-
-
-def _named_as_in(table: StateTable, known: StateTable) -> Callable[[str], str]:
-    """Return how the manifest's names become the file's: by a prefix more or less, or not at all."""
-    if prefix := _extra_prefix(table, known):
-        return lambda name: prefix + name
-    fewer = _extra_prefix(known, table)
-    if fewer and all(name.startswith(fewer) for name in known):
-        return lambda name: name.removeprefix(fewer)
-    return lambda name: name
-
-
-def _extra_prefix(table: StateTable, other: StateTable) -> str:
-    """Return the prefix that makes most of ``table``'s names ``other``'s, or ``""`` if they match without."""
-    votes: Counter[str] = Counter()
-    lasts: dict[str, list[str]] = {}
-    for name in other:
-        lasts.setdefault(".".join(name.rsplit(".", 2)[-2:]), []).append(name)
-    for name in table:
-        for candidate in lasts.get(".".join(name.rsplit(".", 2)[-2:]), [])[:50]:
-            if name == candidate or name.endswith("." + candidate):
-                votes[name[: len(name) - len(candidate)]] += 1
-    return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
-
-
-def _strip(table: StateTable, prefix: str) -> StateTable:
-    tensors = [
-        replace(t, name=t.name.removeprefix(prefix)) for t in table.values() if t.name.startswith(prefix)
-    ]
-    return StateTable(tensors, table.source, table.notes)

@@ -12,8 +12,10 @@ __all__ = [
     "CAUSES",
     "CODES",
     "REPORT_KEY",
+    "UNITS",
     "Cause",
     "CauseSummary",
+    "CheckpointDrift",
     "DriftReport",
     "Finding",
     "LayerDrift",
@@ -25,6 +27,9 @@ REPORT_KEY = "freezekit_report"
 """Under what a checkpoint holds the text of a report."""
 
 Level = Literal["error", "warning"]
+
+UNITS = ("step", "epoch", "checkpoint")
+"""What the steps of a report may count."""
 
 #: code -> (what it means, its level)
 CODES: dict[str, tuple[str, Level]] = {
@@ -213,7 +218,9 @@ class LayerDrift:
             ``None`` without a comparison.
         changed: whether the layer counts as frozen and a bit of its statistics or counter differs.
         step: the optimizer step after which that was first seen, in a live audit.
-        timeline: how it went, in a live audit.
+        timeline: how it went: in a live audit, or from checkpoint to checkpoint.
+        scatter: of each channel of a layer that moved, ``(after - before)`` of the mean in standard
+            deviations, with its sign, and the spread as in ``var_ratio``; empty where they are not known.
     """
 
     name: str
@@ -226,6 +233,28 @@ class LayerDrift:
     changed: bool = False
     step: int | None = None
     timeline: tuple[Moment, ...] = ()
+    scatter: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointDrift:
+    """One of several checkpoints of a run, and how far it is from the base.
+
+    Args:
+        source: the file.
+        step: the number by which timelines and findings refer to it; see :class:`DriftReport`.
+        changed: how many frozen tensors differ.
+        layers: how many layers with running statistics moved.
+        mean_shift_sigma: the largest of the layers', ``None`` where it is not known.
+        var_ratio: the one furthest from 1 of the layers', likewise.
+    """
+
+    source: str
+    step: int
+    changed: int
+    layers: int
+    mean_shift_sigma: float | None
+    var_ratio: float | None
 
 
 @dataclass(frozen=True)
@@ -241,6 +270,9 @@ class DriftReport:
         layers: the layers with running statistics, in the model's order.
         findings: what is wrong, in the model's order.
         notes: what else a reader should know.
+        checkpoints: all the checkpoints of a run that were audited, in its order; ``source`` is the last.
+        unit: what ``step`` counts in this report: ``"step"``, ``"epoch"``, or ``"checkpoint"`` where the
+            files tell neither and are numbered from 1.
 
     >>> DriftReport("a.pth", None, "", 0, (), (), ()).clean
     True
@@ -254,6 +286,8 @@ class DriftReport:
     layers: tuple[LayerDrift, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...] = ()
+    checkpoints: tuple[CheckpointDrift, ...] = ()
+    unit: str = "step"
 
     @property
     def clean(self) -> bool:

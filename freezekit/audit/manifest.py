@@ -10,6 +10,7 @@ from freezekit.audit import drift
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable, sniff
 from freezekit.audit.findings import Finding, LayerDrift
+from freezekit.audit.health import health
 from freezekit.audit.saved import json_text
 from freezekit.audit.state import Role, StateTable, TensorState
 from freezekit.errors import CheckpointError
@@ -116,14 +117,14 @@ def compare(known: StateTable, ties: dict[str, str], table: StateTable, base: St
             f"{_count(blind)} compared by dtype and shape only, as the manifest has no digest: "
             f"{_some(blind)} ({before[blind[0]].unsupported})"
         )
-    layers, findings, changed = drift.compare(before, table, names)
+    layers, findings, changed = drift.compare(before, table, names, scatter=True)
     structural = [drift.compare_structure(name, before[name], table.get(name)) for name in blind]
     findings += [finding for finding in structural if finding is not None]
     changed += [finding.name for finding in structural if finding is not None]
     if base is None:
         # a part that is frozen counts differently from one that trains
-        health = [finding for finding in drift.health(table) if finding.code != "FK404"]
-        findings = [finding for finding in findings if finding.code.startswith("FK1")] + health
+        unhealthy = [finding for finding in health(table) if finding.code != "FK404"]
+        findings = [finding for finding in findings if finding.code.startswith("FK1")] + unhealthy
         if any(finding.code in ("FK101", "FK102", "FK103", "FK104") for finding in findings):
             notes.append("a manifest holds digests, not values: --against BASE says how far things moved")
     compared = {layer.name: layer for layer in layers}

@@ -8,7 +8,17 @@ import re
 from typing import Any, BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
-from freezekit.audit.findings import CAUSES, CODES, Cause, DriftReport, Finding, LayerDrift, Moment
+from freezekit.audit.findings import (
+    CAUSES,
+    CODES,
+    UNITS,
+    Cause,
+    CheckpointDrift,
+    DriftReport,
+    Finding,
+    LayerDrift,
+    Moment,
+)
 from freezekit.audit.state import StateTable
 from freezekit.errors import CheckpointError
 from freezekit.jsonfile import Reader
@@ -57,6 +67,11 @@ def parse(text: str) -> DriftReport:
             for n, item in enumerate(_READ.entries(content["findings"], "findings"))
         ),
         notes=_texts(content["notes"], "notes"),
+        checkpoints=tuple(
+            _checkpoint(item, f"checkpoint {n}")
+            for n, item in enumerate(_READ.entries(content["checkpoints"], "checkpoints"))
+        ),
+        unit=_unit(content["unit"]),
     )
     # what follows from the rest is in it for other programs, and must not say anything else
     if content["clean"] is not report.clean:
@@ -168,16 +183,12 @@ def _layer(item: object, where: str) -> LayerDrift:
         changed=_READ.truth(fields["changed"], f"{where}'s 'changed'"),
         step=_step(fields["step"], where),
         timeline=_timeline(fields["timeline"], f"{where}'s timeline"),
+        scatter=_scatter(fields["scatter"], f"{where}'s scatter"),
     )
 
 
 def _timeline(item: object, where: str) -> tuple[Moment, ...]:
-    columns = _READ.mapping(item, where)
-    names = list(Moment.__dataclass_fields__)
-    _READ.keys(columns, set(names), set(), where)
-    lists = [_READ.entries(columns[name], f"{where}'s {name}") for name in names]
-    if len(set(map(len, lists))) != 1:
-        _READ.refuse(f"the lists of {where} are of the same length", None)
+    rows = _rows(item, list(Moment.__dataclass_fields__), where)
     return tuple(
         Moment(
             step=_count(step, f"{where}'s step"),
@@ -185,8 +196,41 @@ def _timeline(item: object, where: str) -> tuple[Moment, ...]:
             var_ratio=_number(ratio, f"{where}'s var_ratio"),
             num_batches_tracked=_whole(count, f"{where}'s num_batches_tracked"),
         )
-        for step, shift, ratio, count in zip(*lists, strict=True)
+        for step, shift, ratio, count in rows
     )
+
+
+def _scatter(item: object, where: str) -> tuple[tuple[float, float], ...]:
+    rows = _rows(item, ["mean_shift_sigma", "var_ratio"], where)
+    return tuple((_known(shift, where), _known(ratio, where)) for shift, ratio in rows)
+
+
+def _rows(item: object, names: list[str], where: str) -> list[tuple[Any, ...]]:
+    """Return the rows of what is kept as columns."""
+    columns = _READ.mapping(item, where)
+    _READ.keys(columns, set(names), set(), where)
+    lists = [_READ.entries(columns[name], f"{where}'s {name}") for name in names]
+    if len(set(map(len, lists))) != 1:
+        _READ.refuse(f"the lists of {where} are of the same length", None)
+    return list(zip(*lists, strict=True))
+
+
+def _checkpoint(item: object, where: str) -> CheckpointDrift:
+    fields = _READ.mapping(item, where)
+    _READ.keys(fields, set(CheckpointDrift.__dataclass_fields__), set(), where)
+    return CheckpointDrift(
+        source=_READ.text(fields["source"], f"{where}'s source"),
+        step=_count(fields["step"], f"{where}'s step"),
+        changed=_count(fields["changed"], f"{where}'s changed"),
+        layers=_count(fields["layers"], f"{where}'s layers"),
+        mean_shift_sigma=_number(fields["mean_shift_sigma"], f"{where}'s mean_shift_sigma"),
+        var_ratio=_number(fields["var_ratio"], f"{where}'s var_ratio"),
+    )
+
+
+def _unit(value: object) -> str:
+    unit = _READ.text(value, "unit")
+    return unit if unit in UNITS else _READ.refuse(f"its unit is one of {', '.join(UNITS)}", unit)
 
 
 def _finding(item: object, where: str) -> Finding:
@@ -248,6 +292,11 @@ def _number(value: object, where: str) -> float | None:
     if type(value) is int and abs(value) < _MAX_STEP:
         return float(value)
     return _READ.refuse(f"{where} is a number or null", value)
+
+
+def _known(value: object, where: str) -> float:
+    number = _number(value, where)
+    return _READ.refuse(f"{where} is numbers", None) if number is None else number
 
 
 def _plain(value: Any) -> str:

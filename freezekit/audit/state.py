@@ -13,7 +13,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DTYPE_SIZES", "STATS", "Role", "StateTable", "TensorState", "role_of"]
+__all__ = [
+    "DTYPE_SIZES",
+    "STATS",
+    "OptimizerState",
+    "Role",
+    "Root",
+    "StateTable",
+    "TensorState",
+    "Training",
+    "counter_value",
+    "joined",
+    "role_of",
+]
 
 Role = Literal["running_mean", "running_var", "num_batches_tracked", "parameter", "buffer", "attribute"]
 
@@ -98,6 +110,68 @@ def role_of(name: str, dtype: str) -> Role:
     return "parameter" if dtype.startswith(("float", "bfloat", "complex")) else "buffer"
 
 
+@dataclass(frozen=True)
+class Root:
+    """A place in a file where the state of a model lies: ``"state_dict"``, ``"ema.module"``.
+
+    Args:
+        path: keys that lead there, joined by dots; ``""`` is the file's whole object.
+        tensors: how many tensors it has.
+        norms: how many layers with running statistics.
+    """
+
+    path: str
+    tensors: int
+    norms: int
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an optimizer in a file held, and how often it stepped; nothing of its momenta but their shapes.
+
+    Args:
+        path: where in the file's object it was found.
+        groups: for each parameter group the keys of its parameters, in order: numbers or names.
+        names: by key, the parameter's name where the file tells it.
+        shapes: by key, the sizes of its momentum or average, where there is one.
+        steps: by key, how often it was stepped, where that is counted.
+    """
+
+    path: str
+    groups: tuple[tuple[int | str, ...], ...]
+    names: Mapping[int | str, str] = field(default_factory=dict)
+    shapes: Mapping[int | str, tuple[int, ...]] = field(default_factory=dict)
+    steps: Mapping[int | str, TensorState | int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a file tells of the training that it was saved in.
+
+    Args:
+        step: optimizer steps so far, where told.
+        epoch: epochs so far, where told.
+        optimizers: the optimizers' states.
+    """
+
+    step: int | None = None
+    epoch: int | None = None
+    optimizers: tuple[OptimizerState, ...] = ()
+
+
+def counter_value(counter: TensorState | None) -> int | None:
+    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
+    if counter is None or counter.unsupported or counter.numel != 1:
+        return None
+    value = float(counter.values().ravel()[0])
+    return int(value) if np.isfinite(value) else None
+
+
+def joined(layer: str, own: str) -> str:
+    """Return the name of a layer's own tensor; the model itself is ``""``."""
+    return f"{layer}.{own}" if layer else own
+
+
 class StateTable(Mapping[str, TensorState]):
     """Tensors by name, in the order of the model or file they come from.
 
@@ -107,6 +181,9 @@ class StateTable(Mapping[str, TensorState]):
         notes: what a reader has to say about the source, one line each.
         manifest: text of the manifest that the source holds, or ``None``.
         report: text of the report of a live audit that it holds, or ``None``.
+        root: where in the source these tensors were found.
+        roots: all the places in the source that hold a model's state, this one included.
+        training: what the source tells of its training.
 
     >>> table = StateTable([TensorState("w", "parameter", "float32", (2,), lambda: bytes(8))], source="model")
     >>> table["w"].values()
@@ -120,6 +197,9 @@ class StateTable(Mapping[str, TensorState]):
         notes: tuple[str, ...] = (),
         manifest: str | None = None,
         report: str | None = None,
+        root: str = "",
+        roots: tuple[Root, ...] = (),
+        training: Training | None = None,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         if len(self._tensors) != len(tensors):
@@ -128,6 +208,15 @@ class StateTable(Mapping[str, TensorState]):
         self.notes = notes
         self.manifest = manifest
         self.report = report
+        self.root = root
+        self.roots = roots
+        self.training = training or Training()
+
+    def with_tensors(self, tensors: list[TensorState]) -> StateTable:
+        """Return the same table with other tensors: renamed, or some of them."""
+        return StateTable(
+            tensors, self.source, self.notes, self.manifest, self.report, self.root, self.roots, self.training
+        )
 
     def __getitem__(self, name: str) -> TensorState:
         return self._tensors[name]

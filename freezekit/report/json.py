@@ -14,6 +14,8 @@ Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or findin
 ``layers``             the layers with running statistics, in the model's order: see below
 ``findings``           what is wrong, in the model's order: see below
 ``notes``              what else a reader should know
+``checkpoints``        the checkpoints of a run, where several were audited: see below
+``unit``               what ``step`` counts: ``"step"``, ``"epoch"`` or ``"checkpoint"`` (files, from 1)
 =====================  ================================================================================
 
 Of each entry of ``causes``, in the order in which they were first seen:
@@ -42,6 +44,8 @@ Of each of ``layers``:
 ``step``               the optimizer step after which that was first seen, or null
 ``timeline``           how it went, oldest first: lists of the same length (256 at most) of ``step``, and
                        ``mean_shift_sigma``, ``var_ratio``, ``num_batches_tracked`` as they were then
+``scatter``            of each channel, where known: lists of the same length of ``mean_shift_sigma`` with
+                       its sign, and ``var_ratio``
 =====================  ================================================================================
 
 Of each of ``findings``:
@@ -52,6 +56,16 @@ Of each of ``findings``:
 ``message``, ``fix``   what was seen, and what to do
 ``step``               the optimizer step after which it was first seen, or null
 ``cause``              null, or ``kind``, ``detail`` (the evidence) and ``where`` (the user's line, or null)
+=====================  ================================================================================
+
+Of each of ``checkpoints``, the last of which is ``source``:
+
+=====================  ================================================================================
+``source``, ``step``   the file, and the number by which timelines and findings refer to it
+``changed``            how many frozen tensors differ from the base
+``layers``             how many layers with running statistics moved
+``mean_shift_sigma``   the largest of the layers', or null
+``var_ratio``          the one furthest from 1 of the layers', or null
 =====================  ================================================================================
 """
 
@@ -84,10 +98,11 @@ def render(report: DriftReport) -> str:
         "causes": map(plain_cause, report.by_cause.values()),
         "layers": map(_layer, report.layers),
         "findings": map(_finding, report.findings),
+        "checkpoints": map(asdict, report.checkpoints),
     }
     lines = [f'"{key}": {_dumps(value)}' for key, value in facts.items()]
     lines += [f'"{key}": {_lines(values)}' for key, values in rows.items()]
-    lines.append(f'"notes": {_dumps(report.notes)}')
+    lines += [f'"notes": {_dumps(report.notes)}', f'"unit": {_dumps(report.unit)}']
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -114,7 +129,9 @@ def _layer(layer: LayerDrift) -> dict[str, Any]:
     """Return a layer, its timeline by column: half as long, and as plotting wants it."""
     moments = layer.timeline
     columns = {key: [getattr(moment, key) for moment in moments] for key in Moment.__dataclass_fields__}
-    return {**asdict(replace(layer, timeline=())), "timeline": columns}
+    shifts, ratios = map(list, zip(*layer.scatter, strict=True)) if layer.scatter else ([], [])
+    scatter = {"mean_shift_sigma": shifts, "var_ratio": ratios}
+    return {**asdict(replace(layer, timeline=(), scatter=())), "timeline": columns, "scatter": scatter}
 
 
 def _finding(finding: Finding) -> dict[str, Any]:

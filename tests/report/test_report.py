@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from freezekit.audit.findings import CAUSES, Cause, DriftReport, Finding, LayerDrift, Moment
+from freezekit.audit.findings import CAUSES, Cause, CheckpointDrift, DriftReport, Finding, LayerDrift, Moment
 from freezekit.report.text import render
 
 EVIL = "a\x1b[31m\u202eb\nc"
@@ -76,7 +77,10 @@ def test_no_line_ends_in_blanks() -> None:
 
 
 def test_json_says_everything() -> None:
-    made = report([moved("ä", 7)], [Finding("FK404", "ä", "differs", "none", step=7)], ("a note",))
+    layer = replace(moved("ä", 7), scatter=((-0.5, 1.5), (0.25, 1.0)))
+    made = report([layer], [Finding("FK404", "ä", "differs", "none", step=7)], ("a note",))
+    made = replace(made, checkpoints=(CheckpointDrift("new.pth", 7, 1, 1, 0.5, None),), unit="epoch")
+    assert DriftReport.from_json(made.to_json()) == made
     text = made.to_json()
     assert text.isascii()
     assert json.loads(text) == {
@@ -86,12 +90,17 @@ def test_json_says_everything() -> None:
             "name": "ä", "kind": "BatchNorm", "channels": 4, "num_batches_tracked": 9, "batches": 3,
             "mean_shift_sigma": 0.5, "var_ratio": 1.5, "changed": True, "step": 7,
             "timeline": {"step": [], "mean_shift_sigma": [], "var_ratio": [], "num_batches_tracked": []},
+            "scatter": {"mean_shift_sigma": [-0.5, 0.25], "var_ratio": [1.5, 1.0]},
         }],
         "findings": [{
             "code": "FK404", "name": "ä", "message": "differs", "fix": "none", "step": 7, "level": "warning",
             "cause": None,
         }],
-        "notes": ["a note"],
+        "checkpoints": [{
+            "source": "new.pth", "step": 7, "changed": 1, "layers": 1, "mean_shift_sigma": 0.5,
+            "var_ratio": None,
+        }],
+        "notes": ["a note"], "unit": "epoch",
     }  # fmt: skip
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, BinaryIO, NoReturn
 
-from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
+from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.roots import MAX_KEYS, find_texts, model_names, too_many_keys
-from freezekit.audit.checkpoint.tensors import MAX_NUMEL, MAX_RANK, check_shape, unreadable
+from freezekit.audit.checkpoint.tensors import (
+    MAX_NUMEL,
+    MAX_RANK,
+    StoredBytes,
+    ValueReader,
+    check_shape,
+    unreadable,
+)
 from freezekit.audit.state import DTYPE_SIZES, StateTable, TensorState, role_of
 from freezekit.errors import CheckpointError
 
@@ -26,19 +33,6 @@ _DTYPES = {
     "BOOL": "bool", "C64": "complex64", "C128": "complex128",
 }  # fmt: skip
 _AGAIN = "download or copy the file again"
-
-
-@dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads one tensor's values when called."""
-
-    file: SourceFile
-    offset: int
-    length: int
-
-    def __call__(self) -> bytes:
-        with guarded(self.file.shown):
-            return self.file.pread(self.offset, self.length) if self.length else b""
 
 
 def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
@@ -108,7 +102,9 @@ class _Entry:
         if known is None:
             dtype = printable(self.dtype)
             return unreadable(name, role_of(name, dtype.lower()), dtype, self.shape, f"dtype {dtype}", file)
-        read: Callable[[], bytes] = _Reader(file, start + self.begin, self.end - self.begin)
+        stored = StoredBytes(file, name, start + self.begin, self.end - self.begin)
+        stride = tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        read = ValueReader(name, stored, 0, stored.nbytes, DTYPE_SIZES[known], self.shape, stride, known)
         return TensorState(name, role_of(name, known), known, self.shape, read)
 
 

@@ -16,7 +16,7 @@ from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
 from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "make_tensor", "unreadable"]
+__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "ValueReader", "make_tensor", "unreadable"]
 
 MAX_RANK = 64
 MAX_NUMEL = 2**40
@@ -117,7 +117,7 @@ def make_tensor(
             f"repeats its storage's {available} elements at most {_MAX_REPEATS} times",
             f"{numel} elements",
         )
-    read = _Reader(name, stored, offset * itemsize, extent * itemsize, itemsize, shape, stride, dtype)
+    read = ValueReader(name, stored, offset * itemsize, extent * itemsize, itemsize, shape, stride, dtype)
     return TensorState(name, role, dtype, shape, read)
 
 
@@ -144,8 +144,19 @@ def check_shape(name: str, shape: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads one tensor's values when called."""
+class ValueReader:
+    """Reads one tensor's values when called, as little-endian, C-contiguous bytes.
+
+    Args:
+        name: the tensor.
+        stored: the storage it lies in.
+        start: its first byte there.
+        length: bytes from its first to its last, whatever lies between; 0 if it has no elements.
+        itemsize: bytes of an element.
+        shape: sizes.
+        stride: steps between elements, in elements.
+        dtype: torch's name without ``torch.``.
+    """
 
     name: str
     stored: StoredBytes
@@ -157,6 +168,7 @@ class _Reader:
     dtype: str
 
     def __call__(self) -> bytes:
+        """Read them, checking the storage's checksum where there is one."""
         with guarded(self.stored.file.shown):
             if self.length == 0:
                 return b""
