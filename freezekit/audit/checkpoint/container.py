@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from freezekit.errors import CheckpointError
+from freezekit.errors import CheckpointError, SelectionError
 
 __all__ = ["Kind", "SourceFile", "guarded", "printable", "sniff"]
 
@@ -71,6 +71,7 @@ def guarded(where: str) -> Iterator[None]:
 
     Raises:
         CheckpointError: in place of whatever was raised inside.
+        SelectionError: what was asked for is not in the file.
     """
     try:
         yield
@@ -78,6 +79,8 @@ def guarded(where: str) -> Iterator[None]:
         if error.where is not None:
             raise
         raise CheckpointError(error.what, where=where, got=error.got, remedy=error.remedy) from None
+    except SelectionError as error:
+        raise SelectionError(error.what, where=where, got=error.got, remedy=error.remedy) from None
     except FileNotFoundError as error:
         raise CheckpointError("no such file", where=where, remedy="check the path") from error
     except PermissionError as error:

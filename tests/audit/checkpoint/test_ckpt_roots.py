@@ -90,17 +90,19 @@ def test_a_few_tensors_beside_do_not_hide_the_state(tmp_path):
 def test_first_of_several_with_a_note(tmp_path):
     table = save({"ema": OTHER, "model": W, "optimizer": {}}, tmp_path / "a")
     assert_holds(table, W)
-    assert table.notes == ("also holds: ema; read 'model'",)
+    assert table.notes == ("also holds: ema (no BN layers); read 'model', --root NAME reads another",)
     table = save({"teacher": OTHER, "student": W}, tmp_path / "b")
     assert_holds(table, W)
-    assert table.notes == ("also holds: teacher; read 'student'",)
+    assert table.notes == ("also holds: teacher (no BN layers); read 'student', --root NAME reads another",)
 
 
 def test_unknown_key_is_found_by_search(tmp_path):
     big = {f"m.{i}": torch.ones(1) for i in range(5)}
     table = save({"things": [1, {"inner": big}], "small": {"x": torch.ones(1)}, "lr": 0.1}, tmp_path / "a")
     assert_holds(table, big)
-    assert table.notes == ("also holds: small; read 'things.1.inner'",)
+    assert table.notes == (
+        "also holds: small (no BN layers); read 'things.1.inner', --root NAME reads another",
+    )
 
 
 def test_entries_that_are_no_tensors_are_noted(tmp_path):
