@@ -8,7 +8,7 @@ from typing import Any
 
 from freezekit.audit.checkpoint.choosing import choose, named, networks, norms_of, others_note
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, children, describe
+from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, as_mapping, children, describe
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.findings import REPORT_KEY
@@ -131,7 +131,7 @@ def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
 
     A note tells of something else in the place of either.
     """
-    mapping = _as_mapping(root) or {}
+    mapping = as_mapping(root) or {}
     found = {key: mapping.get(key) for key in _TEXTS}
     notes = [
         f"its '{key}' is not text, and was not used: save {_TEXTS[key]}.to_json() there"
@@ -191,7 +191,7 @@ def _resolve(value: object, states: dict[int, State], depth: int, seen: set[int]
         return None
     seen.add(id(value))
     own = states.get(id(value))
-    mapping = _as_mapping(value)
+    mapping = as_mapping(value)
     if mapping is None or _is_module(value):
         return own
     nested = [_resolve(mapping[key], states, depth + 1, seen) for key in _WELL_KNOWN if key in mapping]
@@ -213,7 +213,7 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
         if _is_module(value):
             found[id(value)] = _module_state(value, path, limits)
             continue
-        mapping = _as_mapping(value)
+        mapping = as_mapping(value)
         if mapping is not None and "param_groups" in mapping:
             continue
         if mapping is not None and (state := _mapping_state(mapping, path, limits)).tensors:
@@ -231,16 +231,6 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
 def _beside_models(key: str) -> bool:
     key = key.lower()
     return key in _BESIDE or "optim" in key or "scheduler" in key or key.endswith("_extra_state")
-
-
-def _as_mapping(value: object) -> dict[Any, Any] | None:
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, Opaque):
-        if value.mapping is not None:
-            return value.mapping
-        return value.state if isinstance(value.state, dict) else None
-    return None
 
 
 def _mapping_state(mapping: dict[Any, Any], path: str, limits: Limits) -> State:

@@ -10,6 +10,7 @@ from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
+from freezekit.audit.checkpoint.training import find_training
 from freezekit.audit.state import StateTable
 
 __all__ = ["make_table"]
@@ -47,5 +48,8 @@ def make_table(
         more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
         notes.append(f"the pickle names code outside torch: {shown}{more}; nothing of it was imported or run")
     manifest, report, said = find_texts(pickled.root)
-    notes = [*state.notes(), *notes, *said, *late_notes()]
-    return StateTable(tensors, file.source, tuple(notes), manifest, report, state.path, state.roots)
+    training, untold = find_training(
+        pickled.root, lambda name, ref: make_tensor(name, ref, find, file, "attribute")
+    )
+    notes = [*state.notes(), *notes, *said, *untold, *late_notes()]
+    return StateTable(tensors, file.source, tuple(notes), manifest, report, state.path, state.roots, training)
