@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from freezekit.audit.checkpoint.choosing import choose_network, others_note
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
 from freezekit.audit.checkpoint.limits import Limits
@@ -11,9 +13,9 @@ from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
 from freezekit.audit.checkpoint.training import find_training
-from freezekit.audit.state import StateTable
+from freezekit.audit.state import StateTable, TensorState
 
-__all__ = ["make_table"]
+__all__ = ["flat_table", "make_table"]
 
 
 def make_table(
@@ -53,3 +55,25 @@ def make_table(
     )
     notes = [*state.notes(), *notes, *said, *untold, *late_notes()]
     return StateTable(tensors, file.source, tuple(notes), manifest, report, state.path, state.roots, training)
+
+
+def flat_table(
+    file: SourceFile, tensors: list[TensorState], root: str | None = None, notes: Sequence[str] = ()
+) -> StateTable:
+    """Return the table of a file that holds one flat state, which may be that of several networks.
+
+    Args:
+        file: the file.
+        tensors: all of them, by the file's own names.
+        root: which of the networks to take; all of it if not given.
+        notes: what else is to be said.
+
+    Raises:
+        SelectionError: there is no such network.
+    """
+    own = {tensor.name: tensor for tensor in tensors}
+    read, path, roots = choose_network({name: tensor.shape for name, tensor in own.items()}, root)
+    names, said = model_names(read.values())
+    renamed = [replace(own[name], name=new) for name, new in zip(read, names, strict=True)]
+    said = [*others_note(roots, path), *said, *notes]
+    return StateTable(renamed, file.source, tuple(said), root=path, roots=roots)
