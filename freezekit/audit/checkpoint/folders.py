@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
@@ -83,10 +84,10 @@ class Found:
 
     Args:
         kind: how it is written: one file or an index, ``torch.distributed.checkpoint``, DeepSpeed.
-        names: the file, the ``.metadata`` files, the files with the model's states.
+        names: the file and those that would do too; the ``.metadata`` files; the files with model states.
     """
 
-    kind: str
+    kind: Literal["file", "distributed", "deepspeed"]
     names: tuple[str, ...]
 
 
@@ -116,7 +117,7 @@ def find_run(path: str | os.PathLike[str]) -> Run:
         if not os.path.isdir(source):
             return Run((RunCheckpoint(source, *place_of(source)),))
         names, _ = _listing(source, _Budget())
-        own = found_in(source, names)
+        own = _found(names)
         if own is not None and own.kind != "file":
             return Run((RunCheckpoint(source, *place_of(source)),))
         if "model_index.json" in names:
@@ -132,13 +133,20 @@ def find_run(path: str | os.PathLike[str]) -> Run:
         return _without_copies(sorted(items, key=_Order(items)))
 
 
-def found_in(path: str, names: set[str]) -> Found | None:
-    """Return the checkpoint that a folder is by the names in it, or ``None``.
+def found_in(path: str) -> Found | None:
+    """Return the checkpoint that a folder is, or ``None``.
 
     Args:
         path: the folder.
-        names: what is in it; ``.metadata`` is looked for even where they are not all.
+
+    Raises:
+        CheckpointError: there are too many files in it.
     """
+    return _found(_listing(path, _Budget())[0])
+
+
+def _found(names: set[str]) -> Found | None:
+    """As :func:`found_in`, by the names of the files in it."""
     ranks = [name for name in names if re.fullmatch(r"__\d{1,9}\.metadata", name)]
     if ".metadata" in names or ranks or any(name.endswith(".distcp") for name in names):
         return Found(
@@ -146,7 +154,7 @@ def found_in(path: str, names: set[str]) -> Found | None:
         )
     models = [(match, name) for name in names if (match := _MODEL.fullmatch(name)) is not None]
     if models:
-        return Found("file", (min(models, key=lambda item: _preference(*item))[1],))
+        return Found("file", tuple(name for _, name in sorted(models, key=lambda item: _preference(*item))))
     states = sorted(name for name in names if _DEEPSPEED.fullmatch(name))
     return Found("deepspeed", tuple(states)) if states else None
 
@@ -239,7 +247,7 @@ def _walk(top: str) -> Iterator[_Item]:
     while waiting:
         folder, depth = waiting.pop()
         names, inside = _listing(folder, budget)
-        own = found_in(folder, names)
+        own = _found(names)
         if own is not None:
             file = os.path.join(folder, own.names[0]) if own.kind == "file" else None
             if depth:

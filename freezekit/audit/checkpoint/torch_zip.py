@@ -6,19 +6,22 @@ The archive holds ``<root>/data.pkl`` and, uncompressed, one ``<root>/data/<key>
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
-from freezekit.audit.checkpoint.pickle_machine import unpickle
+from freezekit.audit.checkpoint.pickle_machine import Unpickled, unpickle
 from freezekit.audit.checkpoint.table import make_table
 from freezekit.audit.checkpoint.tensors import StoredBytes
 from freezekit.audit.state import StateTable
 from freezekit.errors import CheckpointError
 
-__all__ = ["read_zip"]
+__all__ = ["open_pickle", "read_zip"]
+
+FindStorage = Callable[[StorageRef], StoredBytes]
+LateNotes = Callable[[], list[str]]
 
 _RE_SAVE = "load it where it came from and save model.state_dict() with torch.save or safetensors"
 
@@ -34,7 +37,22 @@ def read_zip(file: SourceFile, stream: BinaryIO) -> StateTable:
         CheckpointError: it is damaged, hostile, or another kind of zip.
     """
     archive = Archive(file, stream)
-    root = _find_root(archive.members)
+    pickled, find, late_notes = open_pickle(archive)
+    return make_table(file, pickled, find, late_notes)
+
+
+def open_pickle(archive: Archive, root: str | None = None) -> tuple[Unpickled, FindStorage, LateNotes]:
+    """Follow the pickle in what ``torch.save`` wrote.
+
+    Args:
+        archive: the zip.
+        root: what comes before its ``data.pkl``, where that is known.
+
+    Returns:
+        the inert object, what finds its storages, and what tells of them once they were found.
+    """
+    if root is None:
+        root = _find_root(archive.members)
     order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.members else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError(
@@ -50,7 +68,7 @@ def read_zip(file: SourceFile, stream: BinaryIO) -> StateTable:
             )
         return found[storage.key]
 
-    return make_table(file, pickled, find, lambda: _checksum_notes(found))
+    return pickled, find, lambda: _checksum_notes(found)
 
 
 def _find_root(names: Collection[str]) -> str:
