@@ -123,7 +123,7 @@ def hostile() -> ModuleType:
         ("zip_truncated", "truncated|damaged"),
         ("empty", "empty"),
         ("lfs_pointer", "git-LFS pointer"),
-        ("directory", "not a regular file"),
+        ("directory", "no checkpoint was found"),
         ("fifo", "not a regular file"),
     ],
 )

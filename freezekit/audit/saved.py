@@ -103,6 +103,8 @@ def report_in(path: str | os.PathLike[str]) -> DriftReport | None:
         CheckpointError: it cannot be read, or is a report that is damaged or hostile.
     """
     source = os.fsdecode(path)
+    if os.path.isdir(source):  # of checkpoints
+        return None
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)
         with file.open() as stream:

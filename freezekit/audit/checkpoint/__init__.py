@@ -1,19 +1,22 @@
 """Reads checkpoints without torch: nothing in a file is imported or run.
 
-One module a container format (``torch_zip``, ``torch_legacy``, ``safetensors``), one for the pickle machine.
+One module a container format (``torch_zip``, ``torch_legacy``, ``safetensors``; ``sharded``, ``distributed``
+for those of several files), one for the pickle machine.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, sniff
+from freezekit.audit.checkpoint.distributed import read_distributed
+from freezekit.audit.checkpoint.folders import checkpoints_in, found_in
 from freezekit.audit.checkpoint.inert import describe
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, PickleDamageError, unpickle
 from freezekit.audit.checkpoint.safetensors import read_safetensors
+from freezekit.audit.checkpoint.sharded import ReadFile, read_deepspeed, read_index
 from freezekit.audit.checkpoint.torch_legacy import read_legacy
 from freezekit.audit.checkpoint.torch_zip import read_zip
 from freezekit.audit.state import StateTable
@@ -25,13 +28,14 @@ __all__ = ["read_checkpoint"]
 def read_checkpoint(
     path: str | os.PathLike[str], root: str | None = None, limits: Limits = Limits.DEFAULT
 ) -> StateTable:
-    """Read the tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, whatever its name.
+    """Read the tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, whatever its name, or of a folder.
 
     Only the descriptions are read now. A tensor's values are read, and their checksum checked, when
     ``TensorState.read()`` asks for them; the file must not change in between.
 
     Args:
-        path: a file that ``torch.save`` of any version or safetensors wrote.
+        path: a file that ``torch.save`` of any version or safetensors wrote, an index of shards, or a folder
+            that is one checkpoint: of Hugging Face's tools, torch.distributed.checkpoint or DeepSpeed.
         root: which of the states in the file to read, as ``StateTable.roots`` names them: the keys that lead
             there (``"ema.module"``, ``"nets.0"``), and after a colon the prefix of one of several networks in
             one state dict (``"state_dict:teacher"``). Its last part will do if no other root ends so. Without
@@ -47,9 +51,36 @@ def read_checkpoint(
     """
     source = os.fsdecode(path)
     with guarded(printable(source, 1000)):
+        if os.path.isdir(source):
+            return _read_folder(source, root, limits)
         file = SourceFile.at(source)
         with file.open() as stream:
-            return _READERS[sniff(file, stream)](file, stream, root, limits)
+            kind = sniff(file, stream)
+            if kind == "index":
+                return read_index(file, stream, _READERS, root, limits)
+            return _READERS[kind](file, stream, root, limits)
+
+
+def _read_folder(source: str, root: str | None, limits: Limits) -> StateTable:
+    """Read the checkpoint that a folder is, or the only one in it."""
+    found = found_in(source)
+    if found is None:
+        inside = checkpoints_in(source)
+        if len(inside) == 1:
+            return read_checkpoint(inside[0], root, limits)
+        raise CheckpointError(
+            "a folder of several checkpoints, not one",
+            got=f"{len(inside)}, from {printable(inside[0], 200)} to {printable(inside[-1], 200)}",
+            remedy="give one of them; freezekit audit FOLDER takes them all, in the order of training",
+        )
+    if found.kind == "distributed":
+        return read_distributed(source, found.names, root, limits)
+    if found.kind == "deepspeed":
+        return read_deepspeed(source, found.names, lambda name: read_checkpoint(name, root, limits))
+    table = read_checkpoint(os.path.join(source, found.names[0]), root, limits)
+    if len(found.names) > 1:
+        table.notes += (f"{printable(source, 200)} also holds {', '.join(map(printable, found.names[1:4]))}",)
+    return table
 
 
 def _read_unknown(file: SourceFile, stream: BinaryIO, root: str | None, limits: Limits) -> StateTable:
@@ -73,7 +104,7 @@ def _read_unknown(file: SourceFile, stream: BinaryIO, root: str | None, limits: 
     )
 
 
-_READERS: dict[Kind, Callable[[SourceFile, BinaryIO, str | None, Limits], StateTable]] = {
+_READERS: dict[Kind, ReadFile] = {
     "zip": read_zip,
     "legacy": read_legacy,
     "safetensors": read_safetensors,

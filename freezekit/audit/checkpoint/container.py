@@ -12,10 +12,10 @@ from weakref import ref
 
 from freezekit.errors import CheckpointError, SelectionError
 
-__all__ = ["Kind", "SourceFile", "guarded", "printable", "sniff"]
+__all__ = ["Kind", "SourceFile", "beside", "guarded", "printable", "sniff"]
 
 Identity = tuple[int, int, int, int]
-Kind = Literal["zip", "legacy", "safetensors", "unknown"]
+Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
 
 #: torch's mark of its pre-1.6 format, 0x1950a86a20f9469cfc6c, as pickle protocols 2 and up write it, and 1
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", b"L119547037146038801333356L\n.")
@@ -204,7 +204,8 @@ def _open_regular(path: str) -> tuple[int, Identity]:
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each is missing on some system
         flags |= getattr(os, name, 0)
     if os.path.isdir(path):  # asked first because Windows does not open a directory at all
-        raise _directory(path)
+        remedy = "give the checkpoint file itself"
+        raise CheckpointError("not a regular file", got="a directory", remedy=remedy)
     descriptor = os.open(path, flags)
     status = os.fstat(descriptor)  # of what was opened: the path may name something else by now
     if not stat.S_ISREG(status.st_mode):
@@ -221,18 +222,21 @@ def _file_type(mode: int) -> str:
     )
 
 
-def _directory(path: str) -> CheckpointError:
-    names = sorted(os.listdir(path))
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        return CheckpointError(
-            "a torch.distributed.checkpoint folder, not supported yet",
-            remedy="python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE; give FILE",
-        )
-    inside = [name for name in names if name.endswith((".safetensors", ".pt", ".pth", ".ckpt", ".bin"))]
-    remedy = (
-        f"give a file inside it, such as {printable(inside[0])}" if inside else "give the checkpoint file"
-    )
-    return CheckpointError("not a regular file", got="a directory", remedy=remedy)
+def beside(path: str, name: str) -> str:
+    """Return the path of a file that another one names, which must lie in the same folder.
+
+    Args:
+        path: the file that names it.
+        name: what it says, which may come from anyone.
+
+    Raises:
+        CheckpointError: it is no plain file name.
+    """
+    # a colon separates a drive or a stream on Windows, whatever system this is
+    if name in ("", ".", "..") or len(name) > 255 or any(char in name for char in "/\\:\0"):
+        what = "hostile: it names a file outside its folder"
+        raise CheckpointError(what, got=printable(name), remedy="get it from its source again")
+    return os.path.join(os.path.dirname(path), name)
 
 
 def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
@@ -264,6 +268,8 @@ def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
     if text.startswith(b"<"):
         what = "an HTML or XML page, not a checkpoint: probably an error page saved in its place"
         raise CheckpointError(what, got=repr(printable(text[:40].decode("latin-1"))), remedy=_DOWNLOAD)
+    if text.startswith(b"{") and b'"weight_map"' in text:
+        return "index"
     if text.startswith((b"{", b"[")) and (json := _json_page(text)) is not None:
         raise json
     if head[0] == 0x08 and 1 <= head[1:2].ljust(1)[0] <= 32 and head[2:3] in (b"\x12", b"\x1a", b":", b"B"):
@@ -273,8 +279,6 @@ def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
 
 
 def _json_page(text: bytes) -> CheckpointError | None:
-    if b'"weight_map"' in text:
-        return CheckpointError("an index of shards, not the tensors", remedy="give one shard at a time")
     if b'"schema_version"' in text and b'"clean"' in text:
         what = "a saved report, not a checkpoint"
         return CheckpointError(what, remedy="give a checkpoint here; freezekit audit FILE shows the report")
