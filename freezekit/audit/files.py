@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 
 from freezekit.audit import drift, saved
 from freezekit.audit import manifest as manifests
-from freezekit.audit.aligning import align, named_as_in
+from freezekit.audit.aligning import align
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.frozen_set import differing, inferred
+from freezekit.audit.frozen_set import differing, frozen_names
 from freezekit.audit.health import health
+from freezekit.audit.pretrained import find_weights
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
-from freezekit.manifest import Manifest, bare_name
-from freezekit.patterns import select
+from freezekit.manifest import Manifest
 
-__all__ = ["audit_checkpoint"]
+__all__ = ["audit_checkpoint", "read_base"]
 
 
 def audit_checkpoint(
@@ -27,12 +26,14 @@ def audit_checkpoint(
     against: str | os.PathLike[str] | None = None,
     frozen: str | Iterable[str] | None = None,
     manifest: Manifest | str | os.PathLike[str] | None = None,
+    root: str | None = None,
 ) -> DriftReport:
     """Audit a checkpoint file, without torch and without executing anything in it.
 
     Alone, its BN layers are listed and their statistics judged (FK4xx). Against the file it was fine-tuned
     from, everything frozen is compared bit for bit (FK1xx). What is frozen is told by ``frozen``; without
-    it, a BN layer counts as frozen if its own parameters did not change at all, which is what
+    it, by a manifest; else by the optimizer state in the file, by what it never held or stepped. Without any
+    of these a layer counts as frozen if its own parameters did not change at all, which is what
     ``requires_grad=False`` leaves behind.
 
     By a manifest, which knows what was frozen and the digest of each of its tensors, it is compared without
@@ -44,10 +45,13 @@ def audit_checkpoint(
     Args:
         path: a ``.pt``/``.pth`` file (zip or legacy), ``.safetensors``, or a saved report, as its content
             tells.
-        against: the file to compare with.
+        against: the file to compare with, or published weights: ``"torchvision:NAME"``,
+            ``"torchvision:NAME/WEIGHTS"``, ``"timm:NAME"``, from the local cache or fetched.
         frozen: names or globs of the frozen layers and tensors; needs ``against``.
         manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
             With ``against`` too, that file only says how far things moved.
+        root: which state in the checkpoint, where it holds several: ``"ema"``, ``"state_dict"``. Of the
+            file to compare with, the one of that name too, if it has one.
 
     Returns:
         The report; ``.clean`` says whether anything is wrong.
@@ -83,32 +87,56 @@ def audit_checkpoint(
             got="no base file",
             remedy="give the checkpoint that training started from as well (--against BASE)",
         )
-    table = read_checkpoint(path)
+    table = _read(path, root)
     if table.report is not None and (against is not None or manifest is not None):
         table.notes += ("the report of its training inside it was not used; without options it is",)
     if manifest is not None:
-        base = None if against is None else read_checkpoint(against)
+        base = None if against is None else read_base(against, root)
         if isinstance(manifest, Manifest):
             return _by_manifest(table, manifest, "the manifest given", base)
         label = f"the manifest {printable(os.fsdecode(manifest), 200)}"
         return _by_manifest(table, manifests.load_manifest(manifest), label, base)
     if against is None:
         return saved.with_report_inside(_alone(table), table)
-    base = read_checkpoint(against)
-    holds_manifest = table.manifest is not None
-    table, base, prefix, notes = align(table, base)
-    if holds_manifest:
+    base = read_base(against, root)
+    own = None if frozen is not None else manifests.manifest_of(table)
+    if own is not None and own.tensors:
+        return _by_manifest(table, own, "the manifest inside it", base)
+    return _against(table, base, frozen)
+
+
+def read_base(against: str | os.PathLike[str], root: str | None = None) -> StateTable:
+    """Read what a checkpoint is compared with: a file, or published weights.
+
+    Args:
+        against: a path, or what :func:`freezekit.audit.pretrained.find_weights` knows.
+        root: which state in it, if it holds one there.
+    """
+    found = find_weights(against)
+    if found is None:
+        return _read(against, root, must=False)
+    table = _read(found[0], root, must=False)
+    table.source = found[1]
+    return table
+
+
+def _read(path: str | os.PathLike[str], root: str | None, *, must: bool = True) -> StateTable:
+    table = read_checkpoint(path)
+    if root is not None and must and root != table.root:  # until read_checkpoint takes it
+        raise FreezekitError("another root cannot be read yet", where="root", got=printable(root))
+    return table
+
+
+def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | None) -> DriftReport:
+    """Compare with the file that training started from."""
+    aligned = align(table, base)
+    table, base, notes = aligned.table, aligned.base, aligned.notes
+    if frozen is not None and table.manifest is not None:
         notes += (
             f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
         )
-    if frozen is None:
-        names, scope = inferred(base, table)
-    else:
-        every = list(dict.fromkeys([*base, *table]))
-        # as the file has the names, or as they are without the prefix
-        patterns = [p.removeprefix(prefix) for p in ([frozen] if isinstance(frozen, str) else frozen)]
-        names = set(select(patterns, every, where="frozen", kind="layer or tensor"))
-        scope = "as given"
+    names, scope, said = frozen_names(table, base, frozen, given=aligned.given, outside=aligned.outside)
+    notes += said
     # Files from before torch 0.4.1 have no counters, and some tools strip them: that moves nothing.
     counters = {n for t in (base, table) for n in t if t[n].role == "num_batches_tracked"}
     absent = {name for name in names & counters if name not in base or name not in table}
@@ -124,7 +152,7 @@ def audit_checkpoint(
         tuple(changed),
         tuple(compared),
         tuple(findings),
-        (*notes, *differing(base, table, names | absent)),
+        (*notes, *differing(base, table, names | absent | aligned.outside)),
     )
 
 
@@ -154,19 +182,9 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
     """Compare with what a manifest says was frozen."""
     notes = table.notes
     if base is not None:
-        table, base, _, notes = align(table, base)
-    known = manifests.digest_table(manifest, label)
-    ties = {bare_name(t.name): bare_name(t.tied_to) for t in manifest.tensors if t.tied_to}
-    rename = named_as_in(table, known)
-    renamed = StateTable([replace(tensor, name=rename(name)) for name, tensor in known.items()], label)
-    if known and not any(name in table for name in renamed):
-        raise FreezekitError(
-            "the checkpoint has no tensor that the manifest names, so they are not of the same model",
-            where=f"{table.source}, {label}",
-            got=f"{next(iter(table))!r} and {next(iter(known))!r}",
-            remedy="give the manifest that was saved with the checkpoint",
-        )
-    known, ties = renamed, {rename(name): rename(first) for name, first in ties.items()}
+        aligned = align(table, base)
+        table, base, notes = aligned.table, aligned.base, aligned.notes
+    known, ties = manifests.known_in(manifest, label, table)
     outcome = manifests.compare(known, ties, table, base)
     if base is not None:
         notes += tuple(differing(base, table, known))
