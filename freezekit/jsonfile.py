@@ -1,7 +1,8 @@
-"""JSON files of freezekit's own: written whole or not at all, and read as if by an enemy. No torch here."""
+"""Files of freezekit's own: written whole or not at all, and JSON read as if by an enemy. No torch here."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -18,23 +19,26 @@ def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
     """Write a file: whole, or what was there stays as it is.
 
     Args:
-        path: the file; one that is there already is replaced.
-        text: ASCII.
+        path: the file; one that is there already is replaced, where a link leads.
+        text: what is in it, written as UTF-8.
         thing: what it is, for the message.
 
     Raises:
         FreezekitError: it cannot be written.
     """
+    target = os.path.realpath(path)
     # beside it, since a file can be renamed within its own file system only
-    folder, name = os.path.split(os.fspath(path))
+    folder, name = os.path.split(target)
     partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}")
     try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError(errno.EINVAL, "not a regular file")  # root could put a file in a device's place
         try:
-            with open(partial, "x", encoding="ascii") as file:
+            with open(partial, "x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            os.replace(partial, target)
         except BaseException:
             if os.path.exists(partial):
                 os.unlink(partial)

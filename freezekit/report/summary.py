@@ -220,7 +220,8 @@ def named(name: str, limit: int = 80) -> str:
 
 def short_source(source: str, report: DriftReport) -> str:
     """Return a checkpoint's file without the folder that all of a run lie in."""
-    shared = os.path.commonprefix([os.path.dirname(one.source) + "/" for one in report.checkpoints])
+    folders = [os.path.dirname(one.source) + "/" for one in report.checkpoints]
+    shared = os.path.commonprefix(folders)  # noqa: RUF071  # cut back to a folder's end in the next line
     return printable(source[shared.rfind("/") + 1 :], 200)
 
 

@@ -114,7 +114,7 @@ def _grid(*headers: str, numbers: Sequence[str]) -> Table:
 
 
 def _run(report: DriftReport, width: int) -> list[RenderableType]:
-    """The checkpoints of a run, one a line."""
+    """Tell of the checkpoints of a run, one a line."""
     headers = ["tensors\nchanged", "layers\nmoved", "mean shift\n(sigma)", "spread"]
     with_name = width >= _NARROW or report.unit == "checkpoint"
     table = _grid(*(["checkpoint"] if with_name else []), numbers=[report.unit, *headers])
@@ -159,7 +159,7 @@ def _worst(layers: Sequence[LayerDrift]) -> list[LayerDrift]:
 
 def _timeline(layers: list[LayerDrift], report: DriftReport, width: int) -> Table:
     """How the layers moved, at the same steps for each."""
-    chosen = summary.steps_shown(report, layers, 6 if width >= 70 else 3)
+    chosen = summary.steps_shown(report, layers, 6 if width >= 70 else 3 if width >= 50 else 2)
     title = "moved furthest" if len(layers) > 1 else "timeline"
     table = _grid(title, f"at {report.unit}", numbers=[str(step) for step in chosen])
     table.columns[1].no_wrap = True

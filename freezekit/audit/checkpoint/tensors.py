@@ -13,6 +13,7 @@ import numpy as np
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.inert import StorageRef, TensorRef
 from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
+from freezekit.audit.progress import advance
 from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
@@ -172,6 +173,7 @@ class ValueReader:
         with guarded(self.stored.file.shown):
             if self.length == 0:
                 return b""
+            advance(self.length)
             raw = self.stored.read(self.start, self.length, self.name)
             if self.stored.swapped:
                 part = self.itemsize // 2 if self.dtype.startswith("complex") else self.itemsize
