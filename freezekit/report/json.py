@@ -1,7 +1,7 @@
 """The report as JSON, for other programs, and to keep: :meth:`DriftReport.from_json` reads it back.
 
-Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or finding a line; ``schema.json`` beside
-this module says the same as a JSON Schema, and ``freezekit audit --schema`` prints it:
+Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or finding a line. ``schema.json``
+beside this module says the same as a JSON Schema; ``freezekit audit --schema`` prints it.
 
 =====================  ================================================================================
 ``schema_version``     1; a higher one is of a newer freezekit
