@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import os
-import secrets
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -29,7 +28,7 @@ def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
     target = os.path.realpath(path)
     # beside it, since a file can be renamed within its own file system only
     folder, name = os.path.split(target)
-    partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}")
+    partial = os.path.join(folder, f".{name[:100]}.{os.urandom(4).hex()}")
     try:
         if os.path.exists(target) and not os.path.isfile(target):
             raise OSError(errno.EINVAL, "not a regular file")  # root could put a file in a device's place

@@ -14,7 +14,7 @@ __all__ = ["render"]
 
 _MOST_ROWS = 200
 _MOST_COLUMNS = 24
-_WIDE = 8
+_WIDE = 12
 """Up to how many columns leave room for a number in each cell."""
 
 _EDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -45,17 +45,18 @@ def render(report: DriftReport) -> str:
     # a single column would leave most of the page empty
     size = len(rows) if steps or len(rows) <= 12 else -(-len(rows) // 3)
     maps = "".join(_map(rows[k : k + size], steps, report.unit) for k in range(0, len(rows), size))
+    key = _key('class="hx"' in maps)
     return (
         '<section><h2 id="map">How far each layer has moved</h2>'
         f'<p class="lead">Colour is the largest shift of a mean, in standard deviations. {lead}</p>'
-        f'{_key()}<div class="card scroll" tabindex="0" role="region" aria-labelledby="map">'
+        f'{key}<div class="card scroll" tabindex="0" role="region" aria-labelledby="map">'
         f'<div class="maps">{maps}</div></div>'
         '<p class="readout js-only" id="readout" role="status">Point at a cell for its numbers.</p>'
         "</section>\n"
     )
 
 
-def _key() -> str:
+def _key(unknown: bool) -> str:
     texts = [f"below {_EDGES[0]:g}"]
     texts += [f"{low:g} to {high:g}" for low, high in pairwise(_EDGES)]
     texts.append(f"{_EDGES[-1]:g} sigma and more")

@@ -122,11 +122,11 @@ def _tiles(report: DriftReport) -> str:
         ]
         if moved:
             shifts = [layer.mean_shift_sigma for layer in moved if layer.mean_shift_sigma is not None]
-            worst = summary.furthest(moved)[0]
-            tiles += [
-                (f"{summary.shift(max(shifts, default=None))} sigma", "largest shift of a mean"),
-                (f"{_text(worst.name, 40) or '(model)'}", "moved furthest"),
-            ]
+            worst = max(moved, key=lambda layer: layer.mean_shift_sigma or 0.0)
+            name = f'<span class="name">{escape(named(worst.name, 40))}</span>'
+            tiles.append(
+                (f"{summary.shift(max(shifts, default=None))} sigma", f"largest shift of a mean: {name}")
+            )
     shown = "".join(f'<div class="tile"><b>{number}</b><span>{what}</span></div>\n' for number, what in tiles)
     return f'<div class="tiles">\n{shown}</div>\n'
 
@@ -208,7 +208,8 @@ def _layers(report: DriftReport) -> str:
     if not compared:  # those with findings first; sorting keeps the order of the rest
         first = sorted(report.layers, key=lambda layer: layer.name not in codes)[:_MOST_ROWS]
         worst = {id(layer) for layer in first}
-    with_kind = {layer.kind for layer in report.layers} != {"BatchNorm"}
+    kind = summary.kind_of(report.layers)
+    with_kind = kind is None
     with_step = any(layer.step is not None for layer in report.layers)
     heads = ["#", "Layer", *(["Kind"] if with_kind else []), "Channels", "Batches tracked"]
     heads += ["Mean shift (sigma)", "Spread"] if compared else []
@@ -232,7 +233,8 @@ def _layers(report: DriftReport) -> str:
         rows.append(("" if layer.changed or not compared else "same", cells))
     left = len(report.layers) - len(rows)
     what = "that moved furthest" if compared else "with findings first"
-    lead = f"The {len(rows)} {what}; {left} more are left out, the JSON has them." if left else ""
+    lead = f"The {len(rows)} {what}; {left} more are left out, the JSON has them. " if left else ""
+    lead += f"All are {escape(kind)}." if kind else ""
     table = _table("layers", heads, words, rows, sortable=True)
     return f'<section><h2 id="layers">Layers</h2><p class="lead">{lead}</p>{table}</section>\n'
 
