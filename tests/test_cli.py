@@ -94,7 +94,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 def test_wrong_usage_exits_2(checkpoints: tuple[Path, Path]) -> None:
     assert run("audit").returncode == 2
-    assert "Missing argument 'CKPT'" in run("audit").stderr
+    assert "Missing argument 'CKPT...'" in run("audit").stderr
     line = one_line(run("audit", checkpoints[0], "--frozen", "bn1"), 2)
     assert line.startswith("freezekit: frozen: there is nothing to compare")
     line = one_line(run("audit", checkpoints[0], "--against", checkpoints[1], "--frozen", "layr1"), 2)

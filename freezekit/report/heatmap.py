@@ -60,11 +60,9 @@ def _key(unknown: bool) -> str:
     texts = [f"below {_EDGES[0]:g}"]
     texts += [f"{low:g} to {high:g}" for low, high in pairwise(_EDGES)]
     texts.append(f"{_EDGES[-1]:g} sigma and more")
-    items = [
-        ("h0", "did not move"),
-        *((f"h{k}", text) for k, text in enumerate(texts, 1)),
-        ("hx", "not known"),
-    ]
+    items = [("h0", "did not move"), *((f"h{k}", text) for k, text in enumerate(texts, 1))]
+    if unknown:
+        items.append(("hx", "not known"))
     return f'<ul class="key">{"".join(f"<li><i class={c}></i>{t}</li>" for c, t in items)}</ul>'
 
 

@@ -303,9 +303,13 @@ def _dots(layer: LayerDrift) -> dict[str, Any]:
         "c": layer.channels,
         "m": summary.shift(layer.mean_shift_sigma),
         "v": summary.spread(layer.var_ratio),
-        "s": [float(f"{shift:.3g}") for shift, _ in dots],
-        "r": [float(f"{ratio:.3g}") for _, ratio in dots],
+        "s": [_rounded(shift) for shift, _ in dots],
+        "r": [_rounded(ratio) for _, ratio in dots],
     }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{min(max(value, -1e300), 1e300):.3g}")  # the largest of all would round to infinity
 
 
 def _notes(report: DriftReport) -> str:

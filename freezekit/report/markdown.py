@@ -42,14 +42,14 @@ def render(report: DriftReport) -> str:
 
 
 def _within(blocks: Sequence[str]) -> str:
-    """Join what there is room for; what comes first matters most."""
-    left = "Cut here: GitHub takes no more. The JSON has all of it."
-    room = MOST_CHARACTERS - len(left) - 10
-    text = ""
+    """Join the blocks that there is room for."""
+    text, left = "", 0
     for block in blocks:
-        if len(text) + len(block) > room:
-            return f"{text}{left}\n"
-        text += f"{block}\n\n"
+        fits = len(text) + len(block) < MOST_CHARACTERS - 100
+        text += f"{block}\n\n" if fits else ""
+        left += not fits
+    if left:
+        text += f"{count(left, 'part')} left out, since GitHub takes no more; the JSON has all of it."
     return text.rstrip() + "\n"
 
 
