@@ -203,6 +203,13 @@ def test_the_script_runs_and_nothing_is_fetched(kind: str, tmp_path: Path) -> No
     assert [url for url in asked if "evil" in url] == []
 
 
+@browser
+def test_a_browser_s_complaints_are_heard(tmp_path: Path) -> None:
+    page = render(live()).replace("</body>", '<script>alert(1)</script><img src="//evil.test/x"></body>')
+    _, complaints = browse(tmp_path, page)
+    assert complaints.count("Content Security Policy") == 2
+
+
 def act(tmp_path: Path, report: DriftReport, script: str) -> Any:
     """Return what a script says that is added to a page, which its policy forbids; so that goes."""
     text = re.sub(r"<meta http-equiv[^\n]*\n", "", render(report))
