@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+from freezekit.audit.progress import advance
 from freezekit.errors import CheckpointError
 
 __all__ = ["Kind", "SourceFile", "guarded", "printable", "sniff"]
@@ -144,6 +145,7 @@ class SourceFile:
                 got=f"bytes {offset} to {offset + length} of {self.size}",
                 remedy=_DOWNLOAD,
             )
+        advance(length)
         with self.open() as stream:
             stream.seek(offset)
             data = stream.read(length)
