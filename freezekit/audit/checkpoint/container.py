@@ -139,13 +139,13 @@ class SourceFile:
 
     def pread(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes at ``offset``."""
+        advance(length)
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(
                 "truncated or damaged: something in it lies beyond its end",
                 got=f"bytes {offset} to {offset + length} of {self.size}",
                 remedy=_DOWNLOAD,
             )
-        advance(length)
         with self.open() as stream:
             stream.seek(offset)
             data = stream.read(length)
