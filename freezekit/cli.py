@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 import click
@@ -53,8 +54,17 @@ def main() -> None:
     """
 
 
+def _print_schema(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the schema and leave, before CKPT is asked for."""
+    if wanted:
+        from freezekit.report.json import schema
+
+        _emit(schema().rstrip())
+        ctx.exit()
+
+
 @main.command()
-@click.argument("checkpoint", metavar="CKPT")
+@click.argument("checkpoints", metavar="CKPT...", nargs=-1, required=True)
 @click.option(
     "--against",
     metavar="BASE",
@@ -74,46 +84,88 @@ def main() -> None:
     "which only adds how far things moved. One inside CKPT itself is found without it.",
 )
 @click.option(
+    "--root",
+    metavar="NAME",
+    help="Which model to audit, in a file that holds several: ema, teacher. The report lists them.",
+)
+@click.option(
+    "--no-limits",
+    is_flag=True,
+    help="Lift the caps on what a file may hold, for one from a source that you trust.",
+)
+@click.option(
     "--format",
     "form",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-    help="Of the report.",
+    type=click.Choice(["table", "json", "markdown", "html"]),
+    help="Of the report.  [default: as FILE ends, or table]",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    help="Write the report to FILE, whole or not at all, and its verdict to stdout. The ending .txt, .json, "
+    ".md or .html tells the format.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print errors only; the exit code tells.")
+@click.option(
+    "--schema",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_schema,
+    help="Print the JSON Schema of --format json and exit.",
 )
 @click.pass_context
 def audit(
     ctx: click.Context,
-    checkpoint: str,
+    checkpoints: tuple[str, ...],
     against: str | None,
     frozen: tuple[str, ...],
     manifest: str | None,
-    form: str,
+    root: str | None,
+    no_limits: bool,
+    form: str | None,
+    output: str | None,
+    quiet: bool,
 ) -> None:
-    """Audit a checkpoint: .pt, .pth (zip or legacy) or .safetensors.
+    """Audit checkpoints: .pt, .pth (zip or legacy) or .safetensors.
 
     Lists the batch-norm layers of CKPT and judges their statistics; with --against, says which frozen
     layers have drifted since BASE and by how much; with --manifest, whether all that was frozen is as it was
-    then. Shows a saved report (auditor.report().save(path)) as well, and one inside CKPT. Needs no torch,
-    and executes nothing in the file.
+    then. Several CKPT are a run: the report tells when drift began. Shows a saved report
+    (auditor.report().save(path)) as well, and one inside CKPT. Needs no torch, and executes nothing in
+    the file.
 
     \b
     Examples:
       freezekit audit model.pth
       freezekit audit finetuned.pth --against pretrained.pth
       freezekit audit finetuned.pth --against pretrained.pth --frozen 'features.*'
-      freezekit audit finetuned.pth --manifest frozen.json
+      freezekit audit run/*.ckpt --against pretrained.pth -o drift.html
+      freezekit audit finetuned.pth --manifest frozen.json --quiet
       freezekit audit drift.json
     """  # noqa: D301  # click keeps lines as they are after a real backspace
     from freezekit.audit.files import audit_checkpoint
+    from freezekit.report.output import check_output, form_of, render
+    from freezekit.report.progress import progress_bar
 
-    report = audit_checkpoint(checkpoint, against=against, frozen=frozen or None, manifest=manifest)
-    if form == "json":
-        _emit(report.to_json())
-    else:
-        from freezekit.report.text import render
+    form = form_of(output, form)
+    if output is not None:
+        check_output(output, [*checkpoints, against, manifest])
+    path = checkpoints[0] if len(checkpoints) == 1 else list(checkpoints)
+    asked = {"root": root, "no_limits": no_limits}
+    more: dict[str, Any] = {name: value for name, value in asked.items() if value}
+    with nullcontext() if quiet else progress_bar():
+        report = audit_checkpoint(path, against=against, frozen=frozen or None, manifest=manifest, **more)  # type: ignore[arg-type]  # several are coming
+    if output is not None:
+        from freezekit.jsonfile import write
+        from freezekit.report.summary import verdict
 
-        _emit(render(report, terminal=True))
+        write(output, f"{render(report, form).rstrip()}\n", "report")
+        if not quiet:
+            _emit(verdict(report).text)
+    elif not quiet:
+        _emit(render(report, form, terminal=True).rstrip())
     ctx.exit(0 if report.clean else 1)
 
 

@@ -1,50 +1,73 @@
-"""JSON files of freezekit's own: written whole or not at all, and read as if by an enemy. No torch here."""
+"""Files of freezekit's own: written whole or not at all, and JSON read as if by an enemy. No torch here."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
-import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from freezekit.errors import CheckpointError, FreezekitError
 
-__all__ = ["Reader", "write"]
+__all__ = ["Reader", "whole", "write"]
 
 
 def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
     """Write a file: whole, or what was there stays as it is.
 
     Args:
-        path: the file; one that is there already is replaced.
-        text: ASCII.
+        path: the file; one that is there already is replaced, where a link leads.
+        text: what is in it, written as UTF-8.
         thing: what it is, for the message.
 
     Raises:
         FreezekitError: it cannot be written.
     """
+    with whole(path, thing) as partial, open(partial, "x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str], thing: str) -> Iterator[str]:
+    """Give the name of a temporary file, which gets its own name when the block ends and not before.
+
+    If the block raises, or the renaming does, the temporary file is removed.
+
+    Args:
+        path: the file; one that is there already is replaced, where a link leads.
+        thing: what it is, for the message.
+
+    Raises:
+        FreezekitError: it cannot be written.
+    """
+    target = os.path.realpath(path)
     # beside it, since a file can be renamed within its own file system only
-    folder, name = os.path.split(os.fspath(path))
-    partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}")
+    folder, name = os.path.split(target)
+    partial = os.path.join(folder, f".{name[:100]}.{os.urandom(4).hex()}")
     try:
+        if os.path.exists(target) and not os.path.isfile(target):
+            raise OSError(errno.EINVAL, "not a regular file")  # root could put a file in a device's place
         try:
-            with open(partial, "x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            yield partial
+            os.replace(partial, target)
         except BaseException:
             if os.path.exists(partial):
                 os.unlink(partial)
             raise
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "give the path of a file in a folder that exists and can be written to"
         raise FreezekitError(
             f"cannot write the {thing}",
             where=os.fspath(path),
-            got=error.strerror,
-            remedy="give the path of a file in a folder that exists and can be written to",
+            got=error.strerror or type(error).__name__,
+            remedy="make room there, or write it elsewhere" if full else remedy,
         ) from error
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +97,7 @@ def one_line(done: subprocess.CompletedProcess[str], code: int) -> str:
 
 def test_wrong_usage_exits_2(checkpoints: tuple[Path, Path]) -> None:
     assert run("audit").returncode == 2
-    assert "Missing argument 'CKPT'" in run("audit").stderr
+    assert "Missing argument 'CKPT...'" in run("audit").stderr
     line = one_line(run("audit", checkpoints[0], "--frozen", "bn1"), 2)
     assert line.startswith("freezekit: frozen: there is nothing to compare")
     line = one_line(run("audit", checkpoints[0], "--against", checkpoints[1], "--frozen", "layr1"), 2)
@@ -254,3 +257,234 @@ def test_keep_reaches_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for arguments in (["demo"], ["demo", "--keep", "here"]):
         assert CliRunner().invoke(freezekit.cli.main, arguments).exit_code == 0
     assert kept == [None, "here"]
+
+
+# --- formats and files ------------------------------------------------------------------------------------
+
+VERDICT = "DRIFT: 60 of 100 frozen tensors changed, 20 of 20 layers with running statistics\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "ending", "start"),
+    [
+        ("table", ".txt", VERDICT),
+        ("json", ".json", '{\n"schema_version": 1,\n"clean": false,\n'),
+        ("markdown", ".md", f"**{VERDICT[:-1]}**\n"),
+        ("html", ".html", '<!doctype html>\n<html lang="en">\n'),
+    ],
+)
+def test_the_ending_of_the_file_tells_the_format(
+    checkpoints: tuple[Path, Path], tmp_path: Path, form: str, ending: str, start: str
+) -> None:
+    common = ("audit", checkpoints[0], "--against", checkpoints[1])
+    out = tmp_path / f"report{ending}"
+    done = run(*common, "-o", out)
+    assert (done.returncode, done.stdout, done.stderr) == (1, VERDICT, "")
+    assert out.read_text(encoding="utf-8").startswith(start)
+    assert run(*common, "--format", form).stdout == out.read_text(encoding="utf-8")
+    other = tmp_path / "report.pdf"
+    assert run(*common, "-o", other, "--format", form, "--quiet").stdout == ""
+    assert other.read_bytes() == out.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".pth") == [
+        *sorted([out.name, other.name])
+    ]
+
+
+def test_format_wins_over_the_ending(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.md"
+    assert run("audit", checkpoints[1], "--output", out, "--format", "json").returncode == 0
+    assert freezekit.DriftReport.load(out) == freezekit.audit_checkpoint(checkpoints[1])
+
+
+def test_a_report_in_a_file_has_no_colour_and_a_width_of_its_own(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "report.txt"
+    env = {"FORCE_COLOR": "1", "COLUMNS": "40"}
+    run("audit", checkpoints[0], "--against", checkpoints[1], "-o", out, **env)
+    wide = out.read_text(encoding="utf-8")
+    assert "\x1b" not in wide
+    assert "batches tracked" in wide
+
+
+def test_quiet_prints_errors_only(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    drifted, base = checkpoints
+    for arguments, code in (((base,), 0), ((drifted, "--against", base), 1)):
+        done = run("audit", *arguments, "-q")
+        assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+    assert one_line(run("audit", tmp_path / "none.pth", "--quiet"), 3).startswith("freezekit: ")
+
+
+def test_what_is_audited_is_never_overwritten(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    drifted, base = checkpoints
+    manifest = tmp_path / "manifest.json"
+    freezekit.freeze_backbone(zoo.make("resnet18")).manifest().save(manifest)
+    link = tmp_path / "link.html"
+    link.symlink_to(drifted)
+    hard = tmp_path / "hard.json"
+    os.link(base, hard)
+    saved = {path: path.read_bytes() for path in (drifted, base, manifest)}
+    for out, arguments in (
+        (drifted, ["--against", base]),
+        (base, ["--against", base]),
+        (link, []),
+        (hard, ["--against", base]),
+        (manifest, ["--manifest", manifest]),
+    ):
+        line = one_line(run("audit", drifted, *arguments, "--format", "json", "-o", out), 2)
+        assert line.startswith(f"freezekit: -o {out}: the report would overwrite what is audited (got ")
+    assert {path: path.read_bytes() for path in saved} == saved
+
+
+def test_output_that_cannot_be_written_is_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    def refused(out: str | Path, *more: str) -> str:
+        return one_line(run("audit", checkpoints[1], "-o", out, *more), 2)
+
+    assert refused(tmp_path / "none" / "a.md") == (
+        f"freezekit: -o {tmp_path}/none/a.md: cannot write the report: there is no such folder (got "
+        f"{tmp_path}/none). Remedy: make the folder first, or give the path of a file in one that exists"
+    )
+    for name in ("a.pth", "a", ".json"):
+        assert "cannot tell the format of the report by its file's ending" in refused(tmp_path / name)
+    (tmp_path / "folder.md").mkdir()
+    assert "cannot write the report (got not a regular file)" in refused(tmp_path / "folder.md")
+    os.mkfifo(tmp_path / "fifo.md")
+    assert "cannot write the report (got not a regular file)" in refused(tmp_path / "fifo.md")
+    # before the report, which would take long
+    assert "no such folder" in one_line(
+        run("audit", tmp_path / "none.pth", "-o", tmp_path / "no" / "a.md"), 2
+    )
+
+
+def test_a_report_replaces_an_older_one_where_a_link_leads(
+    checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "reports").mkdir()
+    old = tmp_path / "reports" / "old.md"
+    old.write_text("old")
+    (tmp_path / "latest.md").symlink_to(old)
+    assert run("audit", checkpoints[1], "-o", tmp_path / "latest.md").returncode == 0
+    assert (tmp_path / "latest.md").is_symlink()
+    assert old.read_text().startswith("**OK: 20 layers")
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = CliRunner().invoke(freezekit.cli.main, ["audit", str(checkpoints[1]), "-o", str(out)])
+    assert done.exit_code == 2
+    assert f"freezekit: {out}: cannot write the report (got No space left on device)" in done.stderr
+    assert done.stdout == ""
+    assert out.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"base.pth", "drifted.pth", "report.html"}
+
+
+def test_the_schema_needs_no_checkpoint() -> None:
+    done = run("audit", "--schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    path = Path(freezekit.__file__).parent / "report" / "schema.json"
+    assert done.stdout == path.read_text(encoding="utf-8")
+
+
+def test_each_format_imports_only_what_it_needs(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    for form, absent in (
+        ("table", {"freezekit.report.markdown", "freezekit.report.html"}),
+        ("json", {"rich", "freezekit.report.text", "freezekit.report.html"}),
+        ("markdown", {"rich", "freezekit.report.text", "freezekit.report.html"}),
+        ("html", {"rich", "freezekit.report.text", "freezekit.report.markdown"}),
+    ):
+        command = [sys.executable, "-X", "importtime", "-m", "freezekit", "audit", checkpoints[1], "--format"]
+        done = subprocess.run([*command, form], capture_output=True, text=True)
+        modules = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "freezekit.report.summary" in modules or form == "json"
+        assert not absent & modules
+
+
+def test_several_checkpoints_go_to_the_audit_as_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, dict[str, object]]] = []
+
+    def audited(path: object, **more: object) -> freezekit.DriftReport:
+        asked.append((path, more))
+        return freezekit.DriftReport("b", None, "statistics only", 0, (), (), ())
+
+    monkeypatch.setattr("freezekit.audit.files.audit_checkpoint", audited)
+    for arguments in (["a"], ["a", "b", "--root", "ema", "--no-limits"]):
+        assert CliRunner().invoke(freezekit.cli.main, ["audit", *arguments]).exit_code == 0
+    none = {"against": None, "frozen": None, "manifest": None}
+    assert asked == [("a", none), (["a", "b"], {**none, "root": "ema", "no_limits": True})]
+
+
+# --- terminals --------------------------------------------------------------------------------------------
+
+
+def on_a_terminal(program: str, *arguments: str | Path, **env: str) -> tuple[int, str, str]:
+    """Run a program with terminals for its two streams; return its exit code and what they show."""
+    terminals = [pty.openpty() for _ in range(2)]
+    shown = ["", ""]
+
+    def read(k: int) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone with the program
+            while part := os.read(terminals[k][0], 65536):
+                shown[k] += part.decode()
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        stdin=subprocess.DEVNULL, stdout=terminals[0][1], stderr=terminals[1][1],
+        env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", **env},
+    )  # fmt: skip
+    for _, child in terminals:
+        os.close(child)
+    readers = [threading.Thread(target=read, args=(k,)) for k in range(2)]
+    for reader in readers:
+        reader.start()
+    code = process.wait(60)
+    for reader in readers:
+        reader.join()
+    for parent, _ in terminals:
+        os.close(parent)
+    return code, shown[0], shown[1]
+
+
+MAIN = "from freezekit.cli import main; main()"
+PATIENT = f"import freezekit.report.progress as p; p._PATIENCE = 60; {MAIN}"
+IMPATIENT = f"import freezekit.report.progress as p; p._PATIENCE = 0; {MAIN}"
+
+
+def test_colour_is_for_terminals_that_want_it(checkpoints: tuple[Path, Path]) -> None:
+    arguments = ("audit", checkpoints[0], "--against", checkpoints[1])
+    code, out, err = on_a_terminal(PATIENT, *arguments)
+    assert (code, err) == (1, "")  # a short read shows no progress
+    assert out.startswith("\x1b[1;31mDRIFT: 60 of 100")
+    plain = run(*arguments).stdout
+    assert "\x1b" not in plain
+    for env in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        code, out, _ = on_a_terminal(PATIENT, *arguments, **env)
+        bare = re.sub(r"\x1b\[[12]?m|\x1b\[0m", "", out)  # bold and dim are no colours
+        assert (code, bare.replace("\r\n", "\n")) == (1, plain)
+
+
+def test_a_long_read_shows_its_progress_and_takes_it_away(checkpoints: tuple[Path, Path]) -> None:
+    arguments = ("audit", checkpoints[0], "--against", checkpoints[1], "--format", "json")
+    code, out, err = on_a_terminal(IMPATIENT, *arguments)
+    assert code == 1
+    assert json.loads(out)["clean"] is False
+    assert "reading" in err
+    assert re.search(r"\d[\d.]* (kB|MB|bytes)", err)
+    assert err.rstrip().endswith("\x1b[2K")  # the line is empty again
+    code, out, err = on_a_terminal(IMPATIENT, *arguments, "--quiet")
+    assert (code, out, err) == (1, "", "")
+
+
+def test_no_progress_where_nobody_watches(checkpoints: tuple[Path, Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPATIENT, "audit", checkpoints[0], "--against", checkpoints[1]],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")

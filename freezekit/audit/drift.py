@@ -183,7 +183,7 @@ def _measure(before: StateTable, after: StateTable, layer: str, eps: float) -> t
     )
     usable = np.isfinite(mean_0) & np.isfinite(mean_1) & np.isfinite(var_0) & np.isfinite(var_1)
     sigma_0, sigma_1 = (np.sqrt(np.maximum(var[usable], 0.0) + max(eps, 1e-12)) for var in (var_0, var_1))
-    largest = np.finfo(np.float64).max
+    largest = 1e308  # the very largest would become infinite when it is rounded
     with np.errstate(over="ignore"):
         shift = np.clip((mean_1[usable] - mean_0[usable]) / sigma_0, -largest, largest)
         ratio = np.minimum(sigma_1 / sigma_0, largest)

@@ -1,6 +1,7 @@
 """The report as JSON, for other programs, and to keep: :meth:`DriftReport.from_json` reads it back.
 
-Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or finding a line:
+Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or finding a line. ``schema.json``
+beside this module says the same as a JSON Schema; ``freezekit audit --schema`` prints it.
 
 =====================  ================================================================================
 ``schema_version``     1; a higher one is of a newer freezekit
@@ -13,8 +14,8 @@ Strict JSON (RFC 8259, no NaN), ASCII, the keys in this order, a layer or findin
 ``causes``             the findings that have a cause, counted by its kind: see below
 ``layers``             the layers with running statistics, in the model's order: see below
 ``findings``           what is wrong, in the model's order: see below
-``notes``              what else a reader should know
 ``checkpoints``        the checkpoints of a run, where several were audited: see below
+``notes``              what else a reader should know
 ``unit``               what ``step`` counts: ``"step"``, ``"epoch"`` or ``"checkpoint"`` (files, from 1)
 =====================  ================================================================================
 
@@ -34,7 +35,8 @@ Of each entry of ``causes``, in the order in which they were first seen:
 Of each of ``layers``:
 
 =====================  ================================================================================
-``name``, ``kind``     the layer and its class (``"BatchNorm"`` where a file does not say)
+``name``               the layer
+``kind``               its class (``"BatchNorm"`` where a file does not say)
 ``channels``           number of channels
 ``num_batches_tracked``  its counter now, or null
 ``batches``            how far the counter moved, or null
@@ -42,8 +44,9 @@ Of each of ``layers``:
 ``var_ratio``          the sqrt((var_after + eps) / (var_before + eps)) furthest from 1, or null
 ``changed``            whether it counts as frozen and a bit of its statistics or counter differs
 ``step``               the optimizer step after which that was first seen, or null
-``timeline``           how it went, oldest first: lists of the same length (256 at most) of ``step``, and
-                       ``mean_shift_sigma``, ``var_ratio``, ``num_batches_tracked`` as they were then
+``timeline``           how it went, oldest first: lists of the same length (256 at most in a live audit) of
+                       ``step``, and ``mean_shift_sigma``, ``var_ratio``, ``num_batches_tracked`` as they
+                       were then
 ``scatter``            of each channel, where known: lists of the same length of ``mean_shift_sigma`` with
                        its sign, and ``var_ratio``
 =====================  ================================================================================
@@ -51,9 +54,11 @@ Of each of ``layers``:
 Of each of ``findings``:
 
 =====================  ================================================================================
-``code``, ``level``    ``"FK101"`` and so on; ``"error"`` or ``"warning"``
+``code``               ``"FK101"`` and so on
+``level``              ``"error"`` or ``"warning"``
 ``name``               the layer or tensor
-``message``, ``fix``   what was seen, and what to do
+``message``            what was seen
+``fix``                what to do about it
 ``step``               the optimizer step after which it was first seen, or null
 ``cause``              null, or ``kind``, ``detail`` (the evidence) and ``where`` (the user's line, or null)
 =====================  ================================================================================
@@ -61,7 +66,8 @@ Of each of ``findings``:
 Of each of ``checkpoints``, the last of which is ``source``:
 
 =====================  ================================================================================
-``source``, ``step``   the file, and the number by which timelines and findings refer to it
+``source``             the file
+``step``               the number by which timelines and findings refer to it
 ``changed``            how many frozen tensors differ from the base
 ``layers``             how many layers with running statistics moved
 ``mean_shift_sigma``   the largest of the layers', or null
@@ -77,8 +83,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from freezekit.audit.findings import CauseSummary, DriftReport, Finding, LayerDrift, Moment
+from freezekit.report import part
 
-__all__ = ["SCHEMA_VERSION", "plain_cause", "render"]
+__all__ = ["SCHEMA_VERSION", "plain_cause", "render", "schema"]
 
 SCHEMA_VERSION = 1
 
@@ -104,6 +111,11 @@ def render(report: DriftReport) -> str:
     lines += [f'"{key}": {_lines(values)}' for key, values in rows.items()]
     lines += [f'"notes": {_dumps(report.notes)}', f'"unit": {_dumps(report.unit)}']
     return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def schema() -> str:
+    """Return the JSON Schema (2020-12) of reports, as text."""
+    return part("schema.json")
 
 
 def plain_cause(cause: CauseSummary) -> dict[str, Any]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
-from collections.abc import Collection, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -14,12 +12,20 @@ from rich.table import Table
 from rich.text import Text
 
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.findings import CODES, CauseSummary, DriftReport, Finding, LayerDrift, Moment
+from freezekit.audit.findings import DriftReport, LayerDrift
+from freezekit.report import summary
+from freezekit.report.summary import count, named
 
 __all__ = ["layout", "render"]
 
 _MOST_ROWS = 500
 """How many layers are listed: more than a real model has, since a file may hold a million."""
+
+_MOST_CHECKPOINTS = 30
+_NARROW = 60
+"""Columns of a terminal below which tables show less, so that no number is cut."""
+
+_TONES = {"good": "green", "bad": "bold red", "unsure": "yellow"}
 
 
 def render(report: DriftReport, *, width: int = 100, terminal: bool = False) -> str:
@@ -40,43 +46,49 @@ def render(report: DriftReport, *, width: int = 100, terminal: bool = False) -> 
         force_terminal=terminal and out.is_terminal,
         legacy_windows=False,
     )
-    console.print(layout(report), crop=False)
+    console.print(layout(report, width), crop=False)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]  # it is the StringIO above
     if terminal and not out.encoding.startswith("utf"):
         text = text.replace("─", "-")
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def layout(report: DriftReport) -> Group:
-    """Return the report for a rich console: verdict, causes, layers, timeline, findings, notes."""
+def layout(report: DriftReport, width: int = 100) -> Group:
+    """Return the report for a rich console: verdict, causes, run, layers, timeline, findings, notes.
+
+    Args:
+        report: the report.
+        width: columns of the console.
+    """
+    outcome = summary.verdict(report)
     against = f" against {printable(report.against, 200)}" if report.against else ""
     parts: list[RenderableType] = [
-        _verdict(report),
+        _line(outcome.text, _TONES[outcome.tone]),
         _line(f"{printable(report.source, 200)}{against}", "dim"),
     ]
     if report.against:
-        parts.append(
-            _line(
-                f"frozen: {printable(report.scope, 400)} ({_count(report.compared, 'tensor')})",
-                "dim",
-            )
-        )
-    causes = report.by_cause
+        scope = printable(report.scope, 400)
+        parts.append(_line(f"frozen: {scope} ({count(report.compared, 'tensor')})", "dim"))
+    causes = report.by_cause.values()
     if causes:
-        parts += [Text(), Text("causes"), *(line for cause in causes.values() for line in _cause(cause))]
+        parts += [Text(), Text("causes")]
+    for cause in causes:
+        first, *more = summary.cause_lines(cause, report.unit)
+        parts += [_indented(first), *(_indented(line, 4) for line in [*more, f"fix: {cause.fix}"])]
+    if len(report.checkpoints) > 1:
+        parts += [Text(), *_run(report, width)]
     shown = [layer for layer in report.layers if layer.changed or not report.against]
     if shown:
-        parts += [Text(), _table(shown[:_MOST_ROWS])]
+        parts += [Text(), _table(shown[:_MOST_ROWS], report.unit, width)]
     if len(shown) > _MOST_ROWS:
         parts.append(Text(f"and {len(shown) - _MOST_ROWS} more: the JSON lists them", style="dim"))
     still = len(report.layers) - len(shown)
     if shown and still:
-        parts.append(Text(f"{_count(still, 'other layer')} did not move", style="dim"))
+        parts.append(Text(f"{count(still, 'other layer')} did not move", style="dim"))
     if worst := _worst(report.layers):
-        parts += [Text(), _timeline(worst)]
-    told = {cause.fix for cause in causes.values()}
-    for code, group in groupby(sorted(report.findings, key=lambda finding: finding.code), lambda f: f.code):
-        parts += [Text(), *_findings(code, list(group), told)]
+        parts += [Text(), _timeline(worst, report, width)]
+    for group in summary.by_code(report):
+        parts += [Text(), *_findings(group, report.unit)]
     if report.notes:
         parts += [Text(), *(Text(f"note: {printable(note, 400)}", style="dim") for note in report.notes)]
     return Group(*parts)
@@ -87,87 +99,53 @@ def _line(text: str, style: str) -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ignore")
 
 
-def _verdict(report: DriftReport) -> Text:
-    norms = f"{_count(len(report.layers), 'layer')} with running statistics"
-    errors = [finding for finding in report.findings if finding.level == "error"]
-    warnings = [finding for finding in report.findings if finding.level == "warning"]
-    also = f", {_count(len(warnings), 'warning')}" if warnings else ""
-    found = _count(len(errors), "finding") + also.replace(", ", " and ")
-    if report.against is None:
-        if report.clean:
-            return _line(f"OK: {norms}{also}", "green")
-        return _line(f"BAD: {found} in {norms}", "bold red")
-    # what only a warning is about has the values that were frozen
-    fine = {finding.name for finding in warnings} - {finding.name for finding in errors}
-    changed = sum(name not in fine for name in report.changed)
-    if any(finding.code.startswith("FK1") for finding in errors):
-        moved = f", {sum(layer.changed for layer in report.layers)} of {norms}" if report.layers else ""
-        text = f"DRIFT: {changed} of {report.compared} frozen tensors changed{moved}{also}"
-        return _line(text, "bold red")
-    if errors:
-        # what a layer does (FK2xx) is no matter of running statistics
-        where = "" if any(finding.code.startswith("FK2") for finding in errors) else f" in {norms}"
-        text = f"BAD: {found}{where}; none of {report.compared} frozen tensors changed"
-        return _line(text, "bold red")
-    if not report.compared:
-        text = "NOTHING TO COMPARE: the manifest has no digest of a tensor in the file"
-        if report.scope.startswith("inferred"):
-            text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
-        return _line(text, "yellow")
-    text = f"CLEAN: none of {report.compared} frozen tensors changed ({norms}){also}"
-    return _line(text, "green")
+def _indented(text: str, by: int = 2, style: str = "") -> Padding:
+    return Padding(Text(text, style=style), (0, 0, 0, by), expand=False)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _cause(cause: CauseSummary) -> list[RenderableType]:
-    """Tell of a cause how much it moved, since when, where, and what to do about it."""
-    struck = [_count(n, what) for n, what in ((cause.layers, "layer"), (cause.tensors, "tensor")) if n]
-    since = "" if cause.step is None else f" since step {cause.step}"
-    why = cause.example.cause
-    detail = printable(why.detail, 300) if why else ""
-    lines = [f"{cause.kind}: {' and '.join(struck)}{since}"]
-    if detail:
-        lines.append(f"  {printable(cause.example.name) or '(model)'}: {detail}")
-    places = [place for place in map(printable, cause.places) if place not in detail]
-    if places:
-        more = f" and {_count(len(places) - 3, 'other place')}" if len(places) > 3 else ""
-        lines.append(f"  at {', '.join(places[:3])}{more}")
-    return [*map(_indented, lines), _indented(f"  fix: {cause.fix}")]
-
-
-def _indented(text: str, style: str = "") -> Padding:
-    bare = text.lstrip()
-    return Padding(Text(bare, style=style), (0, 0, 0, 2 + len(text) - len(bare)), expand=False)
-
-
-def _table(layers: list[LayerDrift]) -> Table:
-    compared = any(layer.mean_shift_sigma is not None for layer in layers)
-    kinds = {layer.kind for layer in layers}
-    with_kind = len(kinds) > 1
-    kind = "" if with_kind or kinds == {"BatchNorm"} else printable(layers[0].kind)  # a file does not say
-    with_step = any(layer.step is not None for layer in layers)
+def _grid(*headers: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table: columns of words, then columns of numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    table.add_column(f"layer\n({kind})" if kind else "layer", overflow="fold")
-    if with_kind:
-        table.add_column("kind")
-    headers = ["channels", "batches tracked"]
-    headers += ["mean shift\n(sigma)", "spread"] if compared else []
-    headers += ["since\nstep"] if with_step else []
     for header in headers:
+        table.add_column(header, overflow="fold")
+    for header in numbers:
         table.add_column(header, justify="right")
+    return table
+
+
+def _run(report: DriftReport, width: int) -> list[RenderableType]:
+    """Tell of the checkpoints of a run, one a line."""
+    headers = ["tensors\nchanged", "layers\nmoved", "mean shift\n(sigma)", "spread"]
+    with_name = width >= _NARROW or report.unit == "checkpoint"
+    table = _grid(*(["checkpoint"] if with_name else []), numbers=[report.unit, *headers])
+    for one in summary.thinned(report.checkpoints, _MOST_CHECKPOINTS):
+        row = [str(one.step), str(one.changed), str(one.layers)]
+        row += [summary.shift(one.mean_shift_sigma), summary.spread(one.var_ratio)]
+        table.add_row(*map(Text, [summary.short_source(one.source, report), *row] if with_name else row))
+    parts: list[RenderableType] = [table]
+    if (left := len(report.checkpoints) - _MOST_CHECKPOINTS) > 0:
+        parts.append(Text(f"and {left} between them: the JSON lists them", style="dim"))
+    when = summary.began(report)
+    return [*parts, *([] if when is None else [Text(when)])]
+
+
+def _table(layers: list[LayerDrift], unit: str, width: int) -> Table:
+    compared = any(layer.mean_shift_sigma is not None for layer in layers)
+    kind = summary.kind_of(layers)
+    with_step = any(layer.step is not None for layer in layers)
+    roomy = width >= _NARROW
+    headers = ["channels"] if roomy else []
+    headers += ["batches tracked"] if roomy or not compared else []
+    headers += ["mean shift\n(sigma)", "spread"] if compared else []
+    headers += [f"since\n{unit}"] if with_step else []
+    words = ["layer", "kind"] if kind is None else [f"layer\n({kind})" if kind else "layer"]
+    table = _grid(*words, numbers=headers)
     for layer in layers:
-        counter = "-" if layer.num_batches_tracked is None else str(layer.num_batches_tracked)
-        if layer.batches:
-            counter += f" ({layer.batches:+d})"
-        row = [printable(layer.name, 200) or "(model)", *([printable(layer.kind)] if with_kind else [])]
-        row += [str(layer.channels), counter]
-        if compared:
-            row += [_shift(layer.mean_shift_sigma), _spread(layer.var_ratio)]
-        if with_step:
-            row.append("-" if layer.step is None else str(layer.step))
+        row = [named(layer.name, 200), *([printable(layer.kind)] if kind is None else [])]
+        row += [str(layer.channels)] if roomy else []
+        row += [summary.batches(layer)] if roomy or not compared else []
+        row += [summary.shift(layer.mean_shift_sigma), summary.spread(layer.var_ratio)] if compared else []
+        row += ["-" if layer.step is None else str(layer.step)] if with_step else []
         table.add_row(*map(Text, row))
     return table
 
@@ -175,69 +153,37 @@ def _table(layers: list[LayerDrift]) -> Table:
 def _worst(layers: Sequence[LayerDrift]) -> list[LayerDrift]:
     """Return the layers whose timeline is worth showing: three that moved furthest, in the model's order."""
     moved = [layer for layer in layers if layer.changed and len(layer.timeline) > 1]
-    furthest = sorted(moved, key=_distance, reverse=True)[:3]
-    return [layer for layer in moved if any(layer is one for one in furthest)]
+    first = summary.furthest(moved)[:3]
+    return [layer for layer in moved if any(layer is one for one in first)]
 
 
-def _distance(layer: LayerDrift) -> float:
-    return max(layer.mean_shift_sigma or 0.0, abs(math.log(max(layer.var_ratio or 1.0, 1e-300))))
-
-
-def _timeline(layers: list[LayerDrift]) -> Table:
+def _timeline(layers: list[LayerDrift], report: DriftReport, width: int) -> Table:
     """How the layers moved, at the same steps for each."""
-    steps = sorted({moment.step for layer in layers for moment in layer.timeline})
-    last = len(steps) - 1
-    chosen = sorted({steps[round(last * k / (_COLUMNS - 1))] for k in range(_COLUMNS)})
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
-    table.add_column("moved furthest" if len(layers) > 1 else "timeline", overflow="fold")
-    table.add_column("at step", no_wrap=True)
-    for step in chosen:
-        table.add_column(str(step), justify="right")
+    chosen = summary.steps_shown(report, layers, 6 if width >= 70 else 3 if width >= 50 else 2)
+    title = "moved furthest" if len(layers) > 1 else "timeline"
+    table = _grid(title, f"at {report.unit}", numbers=[str(step) for step in chosen])
+    table.columns[1].no_wrap = True
     for layer in layers:
         start = 0 if layer.batches is None else (layer.num_batches_tracked or 0) - layer.batches
-        moments = [_at(layer.timeline, step) for step in chosen]
-        name = printable(layer.name, 200) or "(model)"
-        table.add_row(Text(name), "mean shift", *(_shift(moment.mean_shift_sigma) for moment in moments))
-        table.add_row("", "spread", *(_spread(moment.var_ratio) for moment in moments))
+        moments = [summary.moment_at(layer, step) for step in chosen]
+        shifts = (summary.shift(moment.mean_shift_sigma) for moment in moments)
+        table.add_row(Text(named(layer.name, 200)), "mean shift", *shifts)
+        table.add_row("", "spread", *(summary.spread(moment.var_ratio) for moment in moments))
         counts = [moment.num_batches_tracked for moment in moments]
-        if any(count is not None for count in counts):
+        if any(known is not None for known in counts):
             table.add_row("", "batches", *("-" if c is None else f"{c - start:+d}" for c in counts))
     return table
 
 
-_COLUMNS = 6
-
-
-def _at(timeline: tuple[Moment, ...], step: int) -> Moment:
-    """Return how things were at a step: the last that is known by then."""
-    known = (moment for moment in reversed(timeline) if moment.step <= step)
-    return next(known, Moment(step, None, None, None))
-
-
-def _shift(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _spread(value: float | None) -> str:
-    return "-" if value is None else f"x{value:.3g}"
-
-
-def _findings(code: str, findings: list[Finding], told: Collection[str]) -> list[RenderableType]:
+def _findings(group: summary.CodeGroup, unit: str) -> list[RenderableType]:
     """Tell of the findings of a code, and of what to do that was not told yet."""
-    meaning, level = CODES[code]
-    count = f" ({len(findings)})" if len(findings) > 1 else ""
-    lines: list[RenderableType] = [
-        Text(f"{code} {meaning}{count}", style="red" if level == "error" else "yellow")
-    ]
+    style = "red" if group.level == "error" else "yellow"
+    lines: list[RenderableType] = [Text(f"{group.code} {group.title}", style=style)]
     # the table above already has a line for every layer that moved
-    limit = 1 if code in ("FK101", "FK102") else 10
-    for finding in findings[:limit]:
-        at = "" if finding.step is None else f" since step {finding.step}"
-        name = printable(finding.name) or "(model)"
-        why = f"; cause: {finding.cause.kind}" if finding.cause else ""
-        why = "" if why in finding.message else why
-        lines.append(_indented(f"{name}{at}: {printable(finding.message, 1000)}{why}"))
-    if len(findings) > limit:
-        lines.append(_indented(f"and {len(findings) - limit} more", "dim"))
-    fixes = [fix for fix in dict.fromkeys(finding.fix for finding in findings) if fix not in told]
-    return [*lines, *(_indented(f"fix: {printable(fix, 1000)}") for fix in fixes[:3])]
+    limit = 1 if group.code in ("FK101", "FK102") else 10
+    for finding in group.findings[:limit]:
+        when = summary.since(finding, unit)
+        lines.append(_indented(f"{named(finding.name)}{when}: {summary.listed(finding)}"))
+    if len(group.findings) > limit:
+        lines.append(_indented(f"and {len(group.findings) - limit} more", style="dim"))
+    return [*lines, *(_indented(f"fix: {fix}") for fix in group.fixes)]

@@ -229,7 +229,7 @@ def test_a_saved_report_is_shown(tmp_path: Path) -> None:
     done = run(path)
     assert (done.returncode, done.stderr) == (1, "")
     assert done.stdout == f"{LIVE}\n"
-    assert run(path, "--format", "json").stdout == LIVE.to_json() + "\n"
+    assert run(path, "--format", "json").stdout == LIVE.to_json()
     CLEAN.save(path)
     assert (run(path).returncode, audit_checkpoint(path)) == (0, CLEAN)
     # whatever another program did to its layout

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from sample_reports import EVERY, trend
 
 from freezekit.audit.findings import CAUSES, Cause, CheckpointDrift, DriftReport, Finding, LayerDrift, Moment
 from freezekit.report.text import render
@@ -324,3 +325,86 @@ def test_json_says_causes_and_the_course() -> None:
     assert course["step"] == list(range(1, 102, 10))
     assert course["num_batches_tracked"] == [50 + step for step in course["step"]]
     assert course["mean_shift_sigma"][-1] == pytest.approx(10.1)
+
+
+# --- a run of checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_run_is_told_checkpoint_by_checkpoint() -> None:
+    lines = render(trend(3)).splitlines()
+    assert lines[:14] == [
+        "DRIFT: 6 of 15 frozen tensors changed, 2 of 3 layers with running statistics, "
+        "since step 300 (3 of 5 checkpoints)",
+        "run/step-500.ckpt against base.pth",
+        "frozen: as given (15 tensors)",
+        "",
+        "                     tensors  layers  mean shift",
+        "checkpoint     step  changed   moved     (sigma)  spread",
+        "────────────────────────────────────────────────────────",
+        "step-100.ckpt   100        0       0           0      x1",
+        "step-200.ckpt   200        0       0           0      x1",
+        *lines[9:12],
+        "drift began between step 200 and step 300",
+        "",
+    ]
+    shifts = [layer.timeline[-1].mean_shift_sigma for layer in trend(3).layers if layer.changed]
+    assert lines[11].split() == [
+        "step-500.ckpt",
+        "500",
+        "6",
+        "2",
+        f"{max(filter(None, shifts)):.3g}",
+        "x1.25",
+    ]
+    head = next(line for line in lines if line.startswith("moved furthest"))
+    assert head.split() == ["moved", "furthest", "at", "step", "100", "200", "300", "400", "500"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "first", "says", "since"),
+    [
+        (
+            "step",
+            0,
+            "drift began at or before step 100, the first of these checkpoints",
+            "since step 100 (5 of 5",
+        ),
+        ("epoch", 3, "drift began between epoch 300 and epoch 400", "since epoch 400 (2 of 5"),
+        ("checkpoint", 4, "drift began between checkpoint 4 and checkpoint 5", "since checkpoint 5 (1 of 5"),
+    ],
+)
+def test_when_drift_began(unit: str, first: int, says: str, since: str) -> None:
+    lines = render(trend(unit=unit, first=first)).splitlines()
+    assert says in lines
+    assert since in lines[0]
+    assert any(f"since\n{unit}".split()[1] in line.split() for line in lines)
+
+
+def test_a_clean_run() -> None:
+    run = tuple(CheckpointDrift(f"run/{k}.pth", k, 0, 0, 0.0, 1.0) for k in (1, 2, 3))
+    clean = DriftReport("run/3.pth", "b.pth", "as given", 9, (), (still("a"),), (), (), run, "epoch")
+    lines = str(clean).splitlines()
+    assert (
+        lines[0]
+        == "CLEAN: none of 9 frozen tensors changed in 3 checkpoints (1 layer with running statistics)"
+    )
+    assert not any("began" in line for line in lines)
+    assert [line.split()[0] for line in lines[-3:]] == ["1.pth", "2.pth", "3.pth"]
+
+
+def test_a_long_run_is_thinned() -> None:
+    lines = render(trend(checkpoints=100)).splitlines()
+    rows = [line for line in lines if line.startswith("step-")]
+    assert len(rows) == 30
+    assert rows[0].split()[1] == "100"
+    assert rows[-1].split()[1] == "10000"
+    assert "and 70 between them: the JSON lists them" in lines
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 200])
+@pytest.mark.parametrize("kind", ["alone", "drift", "live", "trend"])
+def test_tables_fit_and_no_number_is_cut(width: int, kind: str) -> None:
+    text = render(EVERY[kind](), width=width)
+    body = text.split("\n\n", 1)[1]
+    assert all(len(line) <= width for line in body.splitlines())
+    assert "…" not in body

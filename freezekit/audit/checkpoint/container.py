@@ -10,6 +10,7 @@ from threading import RLock
 from typing import BinaryIO, Literal
 from weakref import ref
 
+from freezekit.audit.progress import advance
 from freezekit.errors import CheckpointError, SelectionError
 
 __all__ = ["Kind", "SourceFile", "beside", "guarded", "printable", "sniff"]
@@ -152,6 +153,7 @@ class SourceFile:
                 got=f"bytes {offset} to {offset + length} of {self.size}",
                 remedy=_DOWNLOAD,
             )
+        advance(length)
         with _LOCK:  # or another thread could close the descriptor to make room
             if self._descriptor is None:
                 self._descriptor, identity = _open_regular(self.path)
