@@ -14,6 +14,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.frozen_set import differing, inferred
 from freezekit.audit.health import health
+from freezekit.audit.stale import stale
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
 from freezekit.manifest import Manifest, bare_name
@@ -116,6 +117,7 @@ def audit_checkpoint(
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
     compared, findings, changed = drift.compare(base, table, names, scatter=True)
+    findings += stale(base, table, () if frozen is None else names)
     return DriftReport(
         table.source,
         base.source,

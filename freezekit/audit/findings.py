@@ -68,6 +68,12 @@ CODES: dict[str, tuple[str, Level]] = {
     "FK403": ("running statistics were never trained", "error"),
     # a model that was frozen in part counts differently in its two parts, and rightly so
     "FK404": ("num_batches_tracked differs between layers", "warning"),
+    # real and healthy files have what the rest tells of, if for a reason
+    "FK405": ("channels without variance are in use", "warning"),
+    "FK406": ("running statistics are out of range", "warning"),
+    "FK407": ("fewer batches were counted than steps were taken", "warning"),
+    "FK408": ("running statistics stayed while the weights before them changed", "warning"),
+    "FK409": ("running statistics may not have been trained", "warning"),
 }
 
 
