@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
-from freezekit.audit import drift, saved
+from freezekit.audit import drift, saved, trend
 from freezekit.audit import manifest as manifests
 from freezekit.audit.aligning import align
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import printable
+from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.frozen_set import differing, frozen_names
 from freezekit.audit.health import health
@@ -20,12 +22,14 @@ from freezekit.manifest import Manifest
 
 __all__ = ["audit_checkpoint"]
 
+_Path = str | os.PathLike[str]
+
 
 def audit_checkpoint(
-    path: str | os.PathLike[str],
-    against: str | os.PathLike[str] | None = None,
+    path: _Path | Iterable[_Path],
+    against: _Path | None = None,
     frozen: str | Iterable[str] | None = None,
-    manifest: Manifest | str | os.PathLike[str] | None = None,
+    manifest: Manifest | _Path | None = None,
 ) -> DriftReport:
     """Audit a checkpoint file, without torch and without executing anything in it.
 
@@ -38,13 +42,19 @@ def audit_checkpoint(
     that file. A checkpoint that holds its manifest is compared by it where nothing else is given; what the
     report of a live audit inside it says (text under ``"freezekit_report"``) is added then.
 
+    Of the checkpoints of a run, several files or a folder, the last is audited, and the report tells when
+    each layer began to move, how fast, and how it went (``.checkpoints``, ``.layers[0].timeline``); what
+    moved in any of them is a finding. What counts as frozen is told for the run as a whole: without
+    ``frozen``, by what stayed bit-identical in all of them. Without ``against`` the first is the base. A
+    file that cannot be read, as a crash leaves one, is left out and told of; the last must be readable.
+
     A report that :meth:`DriftReport.save` wrote is read back.
 
     Args:
         path: a ``.pt``/``.pth`` file (zip or legacy), ``.safetensors``, or a saved report, as its content
-            tells.
+            tells; several such files, or the folder of a run.
         against: the file to compare with.
-        frozen: names or globs of the frozen layers and tensors; needs ``against``.
+        frozen: names or globs of the frozen layers and tensors; needs ``against``, or several checkpoints.
         manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
             With ``against`` too, that file only says how far things moved.
 
@@ -66,7 +76,8 @@ def audit_checkpoint(
     True
     """
     given = {"against": against, "frozen": frozen, "manifest": manifest}
-    if (report := saved.report_in(path)) is not None:
+    paths, notes = _files_of(path)
+    if len(paths) == 1 and (report := saved.report_in(paths[0])) is not None:
         return _as_saved(report, [name for name, value in given.items() if value is not None])
     if frozen is not None and manifest is not None:
         raise FreezekitError(
@@ -75,33 +86,70 @@ def audit_checkpoint(
             got="both",
             remedy="give one of the two",
         )
-    if frozen is not None and against is None:
+    if frozen is not None and against is None and len(paths) == 1:
         raise FreezekitError(
             "there is nothing to compare the frozen layers with",
             where="frozen",
             got="no base file",
             remedy="give the checkpoint that training started from as well (--against BASE)",
         )
-    table = read_checkpoint(path)
-    if table.report is not None and (against is not None or manifest is not None):
-        table.notes += ("the report of its training inside it was not used; without options it is",)
-    if manifest is not None:
-        base = None if against is None else read_checkpoint(against)
-        if isinstance(manifest, Manifest):
-            return _by_manifest(table, manifest, "the manifest given", base)
-        label = f"the manifest {printable(os.fsdecode(manifest), 200)}"
-        return _by_manifest(table, manifests.load_manifest(manifest), label, base)
-    if against is None:
+    told, label = None, ""
+    if isinstance(manifest, Manifest):
+        told, label = manifest, "the manifest given"
+    elif manifest is not None:
+        told, label = (
+            manifests.load_manifest(manifest),
+            f"the manifest {printable(os.fsdecode(manifest), 200)}",
+        )
+
+    def judging(first: StateTable | None) -> trend.Judge:
+        """Return what compares a checkpoint: with BASE, which is read once, or with the first of a run."""
+        base = read_checkpoint(against) if against is not None else None if told else first
+
+        def judge(table: StateTable, whole: bool) -> tuple[DriftReport, set[str]]:
+            if told is not None:
+                return _by_manifest(table, told, label, base, whole=whole)
+            assert base is not None
+            own = None if frozen is not None else manifests.manifest_of(table)
+            if own is not None and own.tensors:
+                return _by_manifest(table, own, "the manifest inside it", base, whole=whole)
+            report, names = _against(table, base, frozen, whole=whole)
+            if whole and against is None:
+                report = replace(report, findings=(*report.findings, *health(table)))
+            return report, names
+
+        return judge
+
+    if len(paths) > 1:
+        with_base = against is not None or told is not None
+        return trend.audit_run(paths, read_checkpoint, judging, with_base=with_base, notes=notes)
+    table = read_checkpoint(paths[0])
+    if against is None and told is None:
         return saved.with_report_inside(_alone(table), table)
-    base = read_checkpoint(against)
-    own = None if frozen is not None else manifests.manifest_of(table)
-    if own is not None and own.tensors:
-        return _by_manifest(table, own, "the manifest inside it", base)
-    return _against(table, base, frozen)
+    if table.report is not None:
+        table.notes += ("the report of its training inside it was not used; without options it is",)
+    return judging(None)(table, True)[0]
 
 
-def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | None) -> DriftReport:
-    """Compare with the file that training started from."""
+def _files_of(path: _Path | Iterable[_Path]) -> tuple[list[str], tuple[str, ...]]:
+    """Return the files to audit, in order, and what is to be said of them."""
+    if not isinstance(path, str | bytes | os.PathLike):
+        paths = trend.run_order(list(dict.fromkeys(map(os.fsdecode, path))))
+        if not paths:
+            raise FreezekitError("no checkpoint was given", where="path", remedy="give one or more")
+        if len(paths) > 1:
+            return paths, ()
+        path = paths[0]
+    if not os.path.isdir(path):
+        return [os.fsdecode(path)], ()
+    run = find_run(path)
+    return [checkpoint.path for checkpoint in run.checkpoints], run.notes
+
+
+def _against(
+    table: StateTable, base: StateTable, frozen: str | Iterable[str] | None, *, whole: bool
+) -> tuple[DriftReport, set[str]]:
+    """Compare with the file that training started from; of the rest, if the whole is asked for."""
     aligned = align(table, base)
     table, base, notes = aligned.table, aligned.base, aligned.notes
     if frozen is not None and table.manifest is not None:
@@ -117,8 +165,10 @@ def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | 
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
     compared, findings, changed = drift.compare(base, table, names, scatter=True)
-    findings += stale(base, table, () if frozen is None else names)
-    return DriftReport(
+    if whole:
+        findings += stale(base, table, () if frozen is None else names)
+        notes += tuple(differing(base, table, names | absent))
+    report = DriftReport(
         table.source,
         base.source,
         scope,
@@ -126,8 +176,9 @@ def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | 
         tuple(changed),
         tuple(compared),
         tuple(findings),
-        (*notes, *differing(base, table, names | absent)),
+        notes,
     )
+    return report, names
 
 
 def _as_saved(report: DriftReport, beside: list[str]) -> DriftReport:
@@ -145,14 +196,16 @@ def _alone(table: StateTable) -> DriftReport:
     """Compare with the manifest inside, or judge the statistics by themselves."""
     own = manifests.manifest_of(table)
     if own is not None and own.tensors:
-        return _by_manifest(table, own, "the manifest inside it", None)
+        return _by_manifest(table, own, "the manifest inside it", None, whole=True)[0]
     layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
     notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
     notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
     return DriftReport(table.source, None, "statistics only", 0, (), layers, tuple(health(table)), notes)
 
 
-def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateTable | None) -> DriftReport:
+def _by_manifest(
+    table: StateTable, manifest: Manifest, label: str, base: StateTable | None, *, whole: bool
+) -> tuple[DriftReport, set[str]]:
     """Compare with what a manifest says was frozen."""
     notes = table.notes
     if base is not None:
@@ -160,9 +213,9 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
         table, base, notes = aligned.table, aligned.base, aligned.notes
     known, ties = manifests.known_in(manifest, label, table)
     outcome = manifests.compare(known, ties, table, base)
-    if base is not None:
+    if base is not None and whole:
         notes += tuple(differing(base, table, known))
-    return DriftReport(
+    report = DriftReport(
         table.source,
         label if base is None else base.source,
         f"as {label} says",
@@ -172,3 +225,4 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
         tuple(outcome.findings),
         (*notes, *outcome.notes),
     )
+    return report, outcome.names
