@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 __all__ = ["Point", "course"]
 
-#: where the last is no further than this times the first that moved, a layer is not under way any more
-_FURTHER = 1.25
+#: where the last is no further than this times what was reached halfway, a layer is not under way any more
+_FURTHER = 1.2
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,14 @@ class Point:
     mark: object = None
     shift: float | None = None
     counter: int | None = None
+
+    def differs(self, other: Point) -> bool:
+        """Tell whether something moved between the two."""
+        return self.moved != other.moved or (self.moved and self.mark != other.mark)
+
+    def counted_less_than(self, other: Point) -> bool:
+        """Tell whether the counter is behind the other's."""
+        return None not in (self.counter, other.counter) and (self.counter or 0) < (other.counter or 0)
 
 
 def course(points: Sequence[Point], unit: str) -> str:
@@ -51,51 +59,43 @@ def course(points: Sequence[Point], unit: str) -> str:
     last = len(points) - 1
     since = f"between {_at(points, first - 1, unit)} and {_at(points, first, unit)}"
     since = since if first else f"by {_at(points, 0, unit)}, the first checkpoint"
-    changes = [k for k in range(first + 1, last + 1) if _differ(points[k - 1], points[k])]
-    told = [f"moved first {since}"]
+    changes = [k for k in range(first + 1, last + 1) if points[k - 1].differs(points[k])]
     if not points[last].moved:
         back = next(k for k in range(last, first, -1) if points[k - 1].moved)
-        told.append(f"as it was again at {_at(points, back, unit)}")
-    elif last > first and not changes:
-        told = [f"moved {since}, and not since: a jump, as loading or calibrating makes"]
-    elif changes and any(point.mark is not None for point in points):
-        told.append(_pace(points, first, changes, unit))
-    set_back = [k for k in range(max(first, 1), last + 1) if _fell(points[k - 1], points[k])]
-    if set_back and points[last].moved:
-        k = set_back[-1]
-        told.append(f"its counter was set back between {_at(points, k - 1, unit)} and {_at(points, k, unit)}")
+        return f"moved first {since}; as it was again at {_at(points, back, unit)}"
+    if last > first and not changes:
+        return f"moved {since}, and not since: a jump, as loading or calibrating makes"
+    told = [f"moved first {since}"]
+    fallen = [k for k in range(max(first, 1), last + 1) if points[k].counted_less_than(points[k - 1])]
+    end = fallen[0] - 1 if fallen else last
+    changes = [k for k in changes if k <= end]
+    if changes and any(point.mark is not None for point in points):
+        told.append(_pace(points[: end + 1], first, changes, unit, "until then" if fallen else "since"))
+    if fallen:
+        between = f"between {_at(points, end, unit)} and {_at(points, end + 1, unit)}"
+        told.append(f"counter set back {between}, as resetting, calibrating or loading does")
     return "; ".join(told)
 
 
-def _pace(points: Sequence[Point], first: int, changes: list[int], unit: str) -> str:
+def _pace(points: Sequence[Point], first: int, changes: list[int], unit: str, since: str) -> str:
     """Tell how it went on after it first moved, and how fast."""
-    last = len(points) - 1
-    end = changes[-1]
+    last, end = len(points) - 1, changes[-1]
     if end < last:
         how = f"stopped at {_at(points, end, unit)}"
     elif len(changes) == last - first:
-        how = "steady since"
+        how = f"steady {since}"
     else:
-        how = f"moved on in {len(changes)} of the {last - first} times since"
+        how = f"moved on in {len(changes)} of {last - first} times {since}"
     begin = max(first - 1, 0)
-    before, at_first, now = (points[k].shift for k in (begin, first, end))
+    before, halfway, now = (points[k].shift for k in (begin, (first + end) // 2, end))
     steps = points[end].step - points[begin].step
-    if before is None or at_first is None or now is None or steps <= 0 or not now:
+    if before is None or halfway is None or now is None or steps <= 0 or now <= before:
         return how
-    if now < _FURTHER * at_first:
-        return f"{how}, but hardly further" if end == last else how
+    if now < _FURTHER * halfway:
+        return f"{how}, levelling off" if end == last else how
     rate = (now - before) / steps
     scale = 10 ** min(3, int(math.log10(steps))) if unit == "step" else 1
-    per = f"{scale:,} steps" if scale > 1 else unit
-    return f"{how}, about {rate * scale:.2g} sigma per {per}"
-
-
-def _differ(one: Point, other: Point) -> bool:
-    return (one.moved, one.mark) != (other.moved, other.mark) and (one.moved or other.moved)
-
-
-def _fell(one: Point, other: Point) -> bool:
-    return one.counter is not None and other.counter is not None and other.counter < one.counter
+    return f"{how}, about {rate * scale:.2g} sigma per {f'{scale:,} steps' if scale > 1 else unit}"
 
 
 def _at(points: Sequence[Point], index: int, unit: str) -> str:

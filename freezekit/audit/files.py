@@ -105,6 +105,7 @@ def audit_checkpoint(
     def judging(first: StateTable | None) -> trend.Judge:
         """Return what compares a checkpoint: with BASE, which is read once, or with the first of a run."""
         base = read_checkpoint(against) if against is not None else None if told else first
+        base = trend.kept(base) if base is not None and len(paths) > 1 else base
 
         def judge(table: StateTable, whole: bool) -> tuple[DriftReport, set[str]]:
             if told is not None:
@@ -164,7 +165,7 @@ def _against(
     names -= absent
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
-    compared, findings, changed = drift.compare(base, table, names, scatter=True)
+    compared, findings, changed = drift.compare(base, table, names, scatter=whole)
     if whole:
         findings += stale(base, table, () if frozen is None else names)
         notes += tuple(differing(base, table, names | absent))
@@ -212,7 +213,7 @@ def _by_manifest(
         aligned = align(table, base)
         table, base, notes = aligned.table, aligned.base, aligned.notes
     known, ties = manifests.known_in(manifest, label, table)
-    outcome = manifests.compare(known, ties, table, base)
+    outcome = manifests.compare(known, ties, table, base, scatter=whole)
     if base is not None and whole:
         notes += tuple(differing(base, table, known))
     report = DriftReport(

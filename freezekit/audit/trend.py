@@ -5,6 +5,7 @@ Each file is read by itself and dropped again; of each only how far its frozen p
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
@@ -19,13 +20,15 @@ from freezekit.audit.state import STATS, StateTable, joined
 from freezekit.audit.timeline import Timeline
 from freezekit.errors import CheckpointError, FreezekitError
 
-__all__ = ["Judge", "audit_run", "run_order"]
+__all__ = ["Judge", "audit_run", "kept", "run_order"]
 
 Judge = Callable[[StateTable, bool], tuple[DriftReport, set[str]]]
 """Compares a checkpoint with the base; tells what differs outside the frozen part if asked to. Returns the
 report and the names of the frozen tensors."""
 
 _MOST = 2**63
+#: elements of a tensor of the base that is kept
+_SMALL = 2**14
 #: of their tensors, by name and shape, checkpoints of one run have nearly all in common
 _COMMON = 0.75
 
@@ -108,6 +111,18 @@ def audit_run(
     return _merged(run, unit, last, (*told, *notes, *copies), with_base)
 
 
+def kept(base: StateTable) -> StateTable:
+    """Return the base such that what is small in it is read once, statistics and weights of norm layers."""
+    return base.with_tensors(
+        [
+            tensor
+            if tensor.unsupported or tensor.numel > _SMALL
+            else replace(tensor, read=functools.cache(tensor.read))
+            for tensor in base.values()
+        ]
+    )
+
+
 class _Files:
     """Opens the files of a run, and keeps of each when it was and of what model."""
 
@@ -172,15 +187,13 @@ def _place(path: str, table: StateTable) -> tuple[int | None, int | None]:
 def _look(path: str, table: StateTable, judge: Judge) -> _Look:
     report, names = judge(table, False)
     moved = tuple(layer for layer in report.layers if layer.changed)
-    kept = replace(report, layers=moved, notes=())
     marks = {layer.name: _mark(layer) for layer in moved}
-    kept = replace(kept, layers=tuple(replace(layer, scatter=()) for layer in moved))
-    return _Look(path, table.source, 0, kept, frozenset(names), marks)
+    return _Look(path, table.source, 0, replace(report, layers=moved, notes=()), frozenset(names), marks)
 
 
 def _mark(layer: LayerDrift) -> int:
     """Return what two checkpoints have in common where the layer is the same in both."""
-    return hash((layer.num_batches_tracked, layer.mean_shift_sigma, layer.var_ratio, layer.scatter))
+    return hash((layer.num_batches_tracked, layer.mean_shift_sigma, layer.var_ratio))
 
 
 def _ordered(
@@ -246,7 +259,7 @@ def _merged(
         changed=tuple(dict.fromkeys(name for look in reversed(looks) for name in look.report.changed)),
         layers=tuple(layers),
         findings=tuple(findings),
-        notes=(*notes, *_released(run, names, unit), *last.notes),
+        notes=(*notes, *_released(run[not with_base :], names, unit), *last.notes),
         checkpoints=tuple(map(_summary, looks)),
         unit=unit,
     )
@@ -333,15 +346,19 @@ def _summary(look: _Look) -> CheckpointDrift:
 
 def _released(run: list[_Look], names: frozenset[str], unit: str) -> list[str]:
     """Tell of layers that count as frozen in the first checkpoints only, as gradual unfreezing leaves them."""
-    layers = {}
+    layers: dict[str, int] = {}
+    shifts = []
     for name in sorted(run[0].names - names):
         layer, _, own = name.rpartition(".")
         if own == STATS[0]:
-            layers[layer] = next(look.step for look in run if name not in look.names)
+            until = next(k for k, look in enumerate(run) if name not in look.names)
+            layers[layer] = run[until].step
+            seen = [one for look in run[:until] for one in look.report.layers if one.name == layer]
+            shifts += [one.mean_shift_sigma or 0.0 for one in seen]
     if not layers:
         return []
     shown = ", ".join(f"{layer} at {unit} {step:,}" for layer, step in list(layers.items())[:3])
     shown += ", ..." if len(layers) > 3 else ""
-    return [
-        f"{len(layers)} layers count as frozen no more from some checkpoint on, and were not judged: {shown}"
-    ]
+    before = f"; before that their mean had moved by up to {max(shifts):.3g} sigma" if shifts else ""
+    told = "1 layer no longer counts" if len(layers) == 1 else f"{len(layers)} layers no longer count"
+    return [f"{told} as frozen from some checkpoint on, and so was not judged: {shown}{before}"]
