@@ -69,13 +69,15 @@ class Archive:
         if member is None:
             raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
         _check_stored(member)
-        self.stream.seek(member.header_offset)
-        header = self.stream.read(_LOCAL_HEADER.size)
-        magic, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
         start = member.header_offset + _LOCAL_HEADER.size
+        longest = _LOCAL_HEADER.size + 4 * len(member.orig_filename)
+        header = self.file.pread(
+            self._start + member.header_offset, min(longest, self._length - member.header_offset)
+        )
+        magic, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack_from(header)
         encoded = member.orig_filename.encode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
         same = magic == b"PK\x03\x04" and method == member.compress_type and name_length == len(encoded)
-        if not same or self.stream.read(name_length) != encoded:
+        if not same or header[_LOCAL_HEADER.size : _LOCAL_HEADER.size + name_length] != encoded:
             what = "damaged or hostile: a zip member's header does not say what the directory says"
             raise CheckpointError(what, got=printable(name), remedy=_DOWNLOAD)
         # 0 is what torch writes where it was told to compute no checksum

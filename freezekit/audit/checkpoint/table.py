@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
+from freezekit.audit.checkpoint.training import find_training
 from freezekit.audit.state import StateTable
 
 __all__ = ["make_table"]
@@ -19,6 +21,8 @@ def make_table(
     pickled: Unpickled,
     find: Callable[[StorageRef], StoredBytes],
     late_notes: Callable[[], list[str]] = list,
+    root: str | None = None,
+    limits: Limits = Limits.DEFAULT,
 ) -> StateTable:
     """Find the state dict, check each of its tensors, and make them readable.
 
@@ -27,11 +31,13 @@ def make_table(
         pickled: its inert object.
         find: finds a storage's bytes.
         late_notes: what the container has to say once all storages were found.
+        root: which of the states in it to take; the model's if not given.
+        limits: caps on what it may hold.
 
     Raises:
         CheckpointError: there is no state dict, or a tensor in it is impossible.
     """
-    state = find_state(pickled.root)
+    state = find_state(pickled.root, root, limits)
     names, notes = model_names(state.tensors)
     tensors = [
         make_tensor(name, ref, find, file, state.roles.get(original))
@@ -42,4 +48,8 @@ def make_table(
         more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
         notes.append(f"the pickle names code outside torch: {shown}{more}; nothing of it was imported or run")
     manifest, report, said = find_texts(pickled.root)
-    return StateTable(tensors, file.source, (*state.notes(), *notes, *said, *late_notes()), manifest, report)
+    training, untold = find_training(
+        pickled.root, lambda name, ref: make_tensor(name, ref, find, file, "attribute")
+    )
+    notes = [*state.notes(), *notes, *said, *untold, *late_notes()]
+    return StateTable(tensors, file.source, tuple(notes), manifest, report, state.path, state.roots, training)

@@ -12,6 +12,7 @@ from typing import BinaryIO
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import unpickle
 from freezekit.audit.checkpoint.table import make_table
 from freezekit.audit.checkpoint.tensors import StoredBytes
@@ -23,34 +24,38 @@ __all__ = ["read_zip"]
 _RE_SAVE = "load it where it came from and save model.state_dict() with torch.save or safetensors"
 
 
-def read_zip(file: SourceFile, stream: BinaryIO) -> StateTable:
+def read_zip(
+    file: SourceFile, stream: BinaryIO, root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read a torch zip file.
 
     Args:
         file: the file.
         stream: the same, open.
+        root: which of the states in it to read.
+        limits: caps on what it may cost.
 
     Raises:
         CheckpointError: it is damaged, hostile, or another kind of zip.
     """
     archive = Archive(file, stream)
-    root = _find_root(archive.members)
-    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in archive.members else b"little"
+    folder = _find_root(archive.members)
+    order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in archive.members else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError(
             "its byte order is neither little nor big", got=printable(order[:20].decode("latin-1"))
         )
-    pickled = unpickle(io.BytesIO(archive.read(f"{root}data.pkl")))
+    pickled = unpickle(io.BytesIO(archive.read(f"{folder}data.pkl")), limits=limits)
     found: dict[str, StoredBytes] = {}
 
     def find(storage: StorageRef) -> StoredBytes:
         if storage.key not in found:
             found[storage.key] = archive.locate(
-                f"{root}data/{storage.key}", storage.key, swapped=order == b"big"
+                f"{folder}data/{storage.key}", storage.key, swapped=order == b"big"
             )
         return found[storage.key]
 
-    return make_table(file, pickled, find, lambda: _checksum_notes(found))
+    return make_table(file, pickled, find, lambda: _checksum_notes(found), root, limits)
 
 
 def _find_root(names: Collection[str]) -> str:
