@@ -63,13 +63,14 @@ def course(points: Sequence[Point], unit: str) -> str:
     if not points[last].moved:
         back = next(k for k in range(last, first, -1) if points[k - 1].moved)
         return f"moved first {since}; as it was again at {_at(points, back, unit)}"
-    if last > first and not changes:
+    known = all(point.mark is not None for point in points if point.moved)
+    if known and last > first and not changes:
         return f"moved {since}, and not since: a jump, as loading or calibrating makes"
     told = [f"moved first {since}"]
     fallen = [k for k in range(max(first, 1), last + 1) if points[k].counted_less_than(points[k - 1])]
     end = fallen[0] - 1 if fallen else last
     changes = [k for k in changes if k <= end]
-    if changes and any(point.mark is not None for point in points):
+    if known and changes:
         told.append(_pace(points[: end + 1], first, changes, unit, "until then" if fallen else "since"))
     if fallen:
         between = f"between {_at(points, end, unit)} and {_at(points, end + 1, unit)}"

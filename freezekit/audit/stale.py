@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from freezekit.audit.bits import same_bits
 from freezekit.audit.findings import Finding
 from freezekit.audit.state import OptimizerState, StateTable, TensorState, counter_value, joined
 
 __all__ = ["feeders", "stale", "trained_past"]
-
-#: values of weights that are looked at, since what was fine-tuned shows in the first
-_MOST_BYTES = 64 * 2**20
 
 
 def feeders(table: StateTable) -> dict[str, str]:
@@ -32,16 +30,15 @@ def feeders(table: StateTable) -> dict[str, str]:
     return found
 
 
-def trained_past(table: StateTable, names: dict[int | str, str] | None = None) -> list[Finding]:
+def trained_past(table: StateTable) -> list[Finding]:
     """Tell of layers that counted fewer batches than the optimizer in the file stepped the weights before.
 
     In train mode each step is of a batch at least, so the counter was set back or stood still meanwhile.
 
     Args:
         table: the state, with what its file tells of the optimizers.
-        names: by key of the optimizer the parameter's name, where the file does not tell it.
     """
-    steps = _steps(table, names)
+    steps = _steps(table)
     if not steps:
         return []
     feeding = feeders(table)
@@ -75,20 +72,14 @@ def stale(base: StateTable, table: StateTable, meant: Collection[str] = ()) -> l
         table: the state after.
         meant: names of tensors that are said to be frozen; a layer among them is left out.
     """
-    budget = _MOST_BYTES
     found = []
-    seen = 0
     for layer, weight in feeders(base).items():
         stats = [joined(layer, own) for own in ("running_mean", "running_var")]
         if weight not in table or any(name not in table or name in meant for name in stats):
             continue
-        if not all(_same(base[name], table[name]) for name in stats):
+        if base[weight].shape != table[weight].shape or base[weight].dtype != table[weight].dtype:
             continue
-        budget -= base[weight].numel * 4
-        if seen and budget < 0:
-            break
-        seen += 1
-        if base[weight].shape == table[weight].shape and not _same(base[weight], table[weight]):
+        if all(_same(base, table, name) for name in stats) and _same(base, table, weight) is False:
             found.append(layer)
     if not found:
         return []
@@ -103,30 +94,36 @@ def stale(base: StateTable, table: StateTable, meant: Collection[str] = ()) -> l
     return [Finding("FK408", found[0], message, fix)]
 
 
-def _steps(table: StateTable, names: dict[int | str, str] | None) -> dict[str, int]:
+def _steps(table: StateTable) -> dict[str, int]:
     """Return by parameter how often it was stepped; the most, where several optimizers have it."""
     found: dict[str, int] = {}
     for optimizer in table.training.optimizers:
-        known = {**_own_names(optimizer), **(names or {})}
+        names = _names(optimizer, table)
         for key, step in optimizer.steps.items():
-            name = known.get(key)
-            count = counter_value(step) if isinstance(step, TensorState) else step
-            if name is not None and name in table and count is not None:
-                found[name] = max(found.get(name, 0), count)
+            name = names.get(key)
+            if name is not None and name in table:
+                count = counter_value(step) if isinstance(step, TensorState) else step
+                found[name] = max(found.get(name, 0), count or 0)
     return found
 
 
-def _own_names(optimizer: OptimizerState) -> dict[int | str, str]:
-    keys: dict[int | str, str] = {
-        key: key for group in optimizer.groups for key in group if isinstance(key, str)
-    }
-    return {**keys, **optimizer.names}
+def _names(optimizer: OptimizerState, table: StateTable) -> dict[int | str, str]:
+    """Return the parameters' names by key: as told, or by order where one group has them all."""
+    keys = [key for group in optimizer.groups for key in group]
+    if optimizer.names or any(isinstance(key, str) for key in keys):
+        return {**{key: key for key in keys if isinstance(key, str)}, **optimizer.names}
+    parameters = {name: tensor.shape for name, tensor in table.items() if tensor.role == "parameter"}
+    shapes = [optimizer.shapes.get(key) for key in keys]
+    if len(optimizer.groups) != 1 or shapes != list(parameters.values()):
+        return {}
+    return dict(zip(keys, parameters, strict=True))
 
 
-def _same(before: TensorState, after: TensorState) -> bool:
-    if before.unsupported or after.unsupported or before.sha256 is not None:
-        return False
-    return (before.dtype, before.shape) == (after.dtype, after.shape) and before.read() == after.read()
+def _same(base: StateTable, table: StateTable, name: str) -> bool | None:
+    """Tell whether a tensor has the same bits in both; ``None`` where one cannot be read."""
+    if base[name].unsupported or table[name].unsupported:
+        return None
+    return same_bits(base[name], table[name])
 
 
 def _of(layers: list[str]) -> str:
