@@ -27,7 +27,7 @@ Judge = Callable[[StateTable, bool], tuple[DriftReport, set[str]]]
 report and the names of the frozen tensors."""
 
 _MOST = 2**63
-#: elements of a tensor of the base that is kept
+#: elements of a tensor that is kept
 _SMALL = 2**14
 #: of their tensors, by name and shape, checkpoints of one run have nearly all in common
 _COMMON = 0.75
@@ -111,14 +111,14 @@ def audit_run(
     return _merged(run, unit, last, (*told, *notes, *copies), with_base)
 
 
-def kept(base: StateTable) -> StateTable:
-    """Return the base such that what is small in it is read once, statistics and weights of norm layers."""
-    return base.with_tensors(
+def kept(table: StateTable) -> StateTable:
+    """Return a table such that what is small in it is read once: statistics and weights of norm layers."""
+    return table.with_tensors(
         [
             tensor
             if tensor.unsupported or tensor.numel > _SMALL
             else replace(tensor, read=functools.cache(tensor.read))
-            for tensor in base.values()
+            for tensor in table.values()
         ]
     )
 
@@ -156,7 +156,7 @@ class _Files:
         if table is None:
             return None
         try:
-            return _look(path, table, judge)
+            return _look(path, kept(table), judge)
         except CheckpointError as error:
             self.unreadable[path] = error
             return None
@@ -345,7 +345,7 @@ def _summary(look: _Look) -> CheckpointDrift:
 
 
 def _released(run: list[_Look], names: frozenset[str], unit: str) -> list[str]:
-    """Tell of layers that count as frozen in the first checkpoints only, as gradual unfreezing leaves them."""
+    """Tell of layers that count as frozen in the first checkpoints only: they were unfrozen later."""
     layers: dict[str, int] = {}
     shifts = []
     for name in sorted(run[0].names - names):

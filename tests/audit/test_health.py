@@ -322,6 +322,30 @@ class TestTrainedPast:
     def test_silent(self, count: int, steps: dict[str, int], tmp_path: Path) -> None:
         assert health(trained_table(count, steps, tmp_path)) == []
 
+    @pytest.mark.parametrize("how", ["evaluated", "trained", "frozen"])
+    def test_files_with_adam_in_them(self, how: str, tmp_path: Path) -> None:
+        model = net()
+        for layer in (model[1], model[4]):
+            layer.num_batches_tracked.zero_()
+        if how == "frozen":
+            freezekit.freeze(model, ["1", "4"])
+        optimizer = torch.optim.Adam(freezekit.trainable_parameters(model))
+        for _ in range(7):
+            model.train()
+            if how == "evaluated":  # and no train() after the first validation
+                model.train(int(model[1].num_batches_tracked) == 0)
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            optimizer.step()
+        content = {"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(content, tmp_path / "a.pth")
+        found = told(health(read_checkpoint(tmp_path / "a.pth")))
+        message = (
+            "num_batches_tracked is 1 here and in 1 other layer, while the weights before were stepped 7 "
+            "times: it was set back (reset or calibrated), or in eval mode meanwhile"
+        )
+        assert found == ([("FK407", "1", message)] if how == "evaluated" else [])
+
 
 class TestStale:
     @pytest.mark.parametrize("how", ["eval", "train", "head", "stats"])

@@ -275,8 +275,8 @@ class TestCourses:
         assert (finding.code, finding.name, finding.step) == ("FK101", "1", 300)
         sigma = (torch.load(base)["1.running_var"].min().double() + 1e-5).sqrt()
         assert finding.message == (
-            f"running mean moved by up to {0.5 / sigma:.3g} sigma, spread by x1 over 500 batches at step 400; "
-            "moved first between step 200 and step 300; as it was again at step 500"
+            f"running mean moved by up to {0.5 / sigma:.3g} sigma, spread by x1 over 500 batches at "
+            "step 400; moved first between step 200 and step 300; as it was again at step 500"
         )
         assert report.layers[0].changed
         assert report.layers[0].mean_shift_sigma == 0
@@ -292,7 +292,10 @@ class TestCourses:
             ),
             ([0, 0.1, 0.2, 0.2], "moved first between epoch 1 and epoch 2; stopped at epoch 3, about 0.1 S"),
             ([0, 0, 0, 0.3], "moved first between epoch 3 and epoch 4"),
-            ([0.1, 0.2, 0.3, 0.4], "moved first by epoch 1, the first checkpoint; steady since, about 0.1 S"),
+            (
+                [0.1, 0.2, 0.3, 0.4],
+                "moved first by epoch 1, the first checkpoint; steady since, about 0.1 S",
+            ),
             (
                 [0.1, 0.3, 0.31, 0.32],
                 "moved first by epoch 1, the first checkpoint; steady since, levelling off",
