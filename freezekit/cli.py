@@ -152,11 +152,15 @@ def audit(
     form = form_of(output, form)
     if output is not None:
         check_output(output, [*checkpoints, against, manifest])
-    path = checkpoints[0] if len(checkpoints) == 1 else list(checkpoints)
-    asked = {"root": root, "no_limits": no_limits}
-    more: dict[str, Any] = {name: value for name, value in asked.items() if value}
     with nullcontext() if quiet else progress_bar():
-        report = audit_checkpoint(path, against=against, frozen=frozen or None, manifest=manifest, **more)  # type: ignore[arg-type]  # several are coming
+        report = audit_checkpoint(
+            checkpoints,
+            against=against,
+            frozen=frozen or None,
+            manifest=manifest,
+            root=root,
+            no_limits=no_limits,
+        )
     if output is not None:
         from freezekit.jsonfile import write
         from freezekit.report.summary import verdict

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import freezekit
-from freezekit.audit.codes import EXPLANATIONS, Explanation
+from freezekit.audit.codes import EXPLANATIONS
+from freezekit.audit.explanation import Explanation
 from freezekit.audit.findings import CODES
 from freezekit.report.explain import render, render_list
 

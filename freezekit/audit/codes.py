@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 
+from freezekit.audit.codes_files import FILES
+from freezekit.audit.explanation import FREEZE, Explanation, torch_issue, torch_page, torch_source
 from freezekit.audit.findings import CODES
 from freezekit.errors import FreezekitError
 
-__all__ = ["EXPLANATIONS", "Explanation", "known_codes"]
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A code at length.
-
-    Args:
-        means: what was found, and why it matters.
-        how: how people get there.
-        fix: what to do.
-        sources: where it is written: threads and documentation.
-
-    >>> EXPLANATIONS["FK301"].sources[0]
-    'https://github.com/pytorch/pytorch/issues/86590'
-    """
-
-    means: str
-    how: str
-    fix: str
-    sources: tuple[str, ...]
+__all__ = ["EXPLANATIONS", "known_codes"]
 
 
 def known_codes(given: Iterable[str]) -> list[str]:
@@ -58,22 +39,9 @@ def known_codes(given: Iterable[str]) -> list[str]:
     return found
 
 
-def _torch_issue(number: int) -> str:
-    return f"https://github.com/pytorch/pytorch/issues/{number}"
-
-
-def _torch_page(name: str) -> str:
-    return f"https://docs.pytorch.org/docs/stable/generated/{name}.html"
-
-
-def _torch_source(path: str) -> str:
-    return f"https://github.com/pytorch/pytorch/blob/main/torch/{path}"
-
-
-_FREEZE = "freezekit.freeze_backbone(model)"
-_ZERO_GRAD = _torch_page("torch.optim.Optimizer.zero_grad")
-_BATCH_NORM = _torch_page("torch.nn.BatchNorm2d")
-_BATCH_NORM_CODE = _torch_source("nn/modules/batchnorm.py")
+_BATCH_NORM = torch_page("torch.nn.BatchNorm2d")
+_BATCH_NORM_CODE = torch_source("nn/modules/batchnorm.py")
+_ZERO_GRAD = torch_page("torch.optim.Optimizer.zero_grad")
 
 EXPLANATIONS: dict[str, Explanation] = {
     "FK101": Explanation(
@@ -82,20 +50,20 @@ EXPLANATIONS: dict[str, Explanation] = {
         "requires_grad=False stops gradients. Running statistics have none: each forward pass in train mode "
         "moves them, under torch.no_grad() too. Every training loop calls model.train(). With activation "
         "checkpointing they move twice a step.",
-        f"{_FREEZE} keeps the layer in eval mode whatever model.train() does. Statistics that have moved "
+        f"{FREEZE} keeps the layer in eval mode whatever model.train() does. Statistics that have moved "
         "already come back only from the checkpoint that training started from.",
         (
-            _torch_issue(86590),
+            torch_issue(86590),
             "https://github.com/kdexd/virtex/issues/16",
             "https://github.com/huggingface/peft/issues/1732",
-            _torch_issue(96136),
+            torch_issue(96136),
         ),
     ),
     "FK102": Explanation(
         "num_batches_tracked of a frozen layer has moved, the mean and the variance have not. The output is "
         "the same, but the layer is in train mode, or something counts for it.",
         "A layer with momentum=0.0 in train mode: the statistics stay, the counter goes on.",
-        f"{_FREEZE}: a layer in eval mode does not count.",
+        f"{FREEZE}: a layer in eval mode does not count.",
         (_BATCH_NORM_CODE,),
     ),
     "FK103": Explanation(
@@ -106,16 +74,16 @@ EXPLANATIONS: dict[str, Explanation] = {
         "load_state_dict for example.",
         "freezekit.freeze_backbone(model, optimizer=optimizer) before training: what is frozen leaves the "
         "optimizer. The auditor names the cause where it can be told.",
-        (_ZERO_GRAD, _torch_issue(150610), "https://github.com/KellerJordan/Muon/issues/54"),
+        (_ZERO_GRAD, torch_issue(150610), "https://github.com/KellerJordan/Muon/issues/54"),
     ),
     "FK104": Explanation(
         "A buffer of the frozen part, other than running statistics, has other values.",
         "Layers that learn without gradients: codebooks of vector quantisation, the vectors of spectral "
         "norm, the ranges of quantisation observers, counters of one's own. Most move in train mode, some "
         "in eval mode as well.",
-        f"{_FREEZE} keeps the layer in eval mode, and observers from observing. A layer that writes in eval "
+        f"{FREEZE} keeps the layer in eval mode, and observers from observing. A layer that writes in eval "
         "mode by its own forward has to be changed, or left out of what is frozen.",
-        ("https://github.com/lucidrains/vector-quantize-pytorch/issues/167", _torch_issue(8208)),
+        ("https://github.com/lucidrains/vector-quantize-pytorch/issues/167", torch_issue(8208)),
     ),
     "FK105": Explanation(
         "The frozen part has not the tensors it had: one is gone or new, or has another shape or dtype.",
@@ -130,14 +98,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         "A frozen tensor is on another device than when it was first seen. Its values are the same.",
         "model.to(device) after the auditor was made.",
         "Move the model, then make the auditor and the optimizer.",
-        (_torch_page("torch.nn.Module"),),
+        (torch_page("torch.nn.Module"),),
     ),
     "FK201": Explanation(
         "What the frozen part gives for an example depends on the other examples in the batch. Nothing need "
         "have moved, and yet it is not the function it was.",
         "A BN layer that normalises by the batch: in train mode, or without running statistics, or with "
         "track_running_stats set to False to freeze it.",
-        f"{_FREEZE}. A layer that has no running statistics cannot be frozen: make it with "
+        f"{FREEZE}. A layer that has no running statistics cannot be frozen: make it with "
         "track_running_stats=True and calibrate it first.",
         (_BATCH_NORM, "https://github.com/pytorch/pytorch/pull/38084"),
     ),
@@ -145,7 +113,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The frozen part gives another output each time, for the same input: it drops something at random.",
         "requires_grad=False leaves dropout and stochastic depth on, as long as the model is in train mode. "
         "Some want this, as augmentation of the features: hence a warning.",
-        f"{_FREEZE} switches it off; hold='norm' leaves it on, on purpose.",
+        f"{FREEZE} switches it off; hold='norm' leaves it on, on purpose.",
         (
             "https://github.com/nickgkan/butd_detr/issues/8",
             "https://github.com/OpenGVLab/InternVL/issues/544",
@@ -163,8 +131,8 @@ EXPLANATIONS: dict[str, Explanation] = {
         "A frozen layer with running statistics is in train mode. Its next forward pass moves them, and "
         "normalises by the batch instead.",
         "Freezing by requires_grad=False alone, or model.train() after the layers were put into eval mode.",
-        f"{_FREEZE}, or freezekit.freeze(model, NAMES) for single parts.",
-        (_torch_issue(86590), "https://github.com/kdexd/virtex/issues/16"),
+        f"{FREEZE}, or freezekit.freeze(model, NAMES) for single parts.",
+        (torch_issue(86590), "https://github.com/kdexd/virtex/issues/16"),
     ),
     "FK302": Explanation(
         "A frozen parameter is in an optimizer that will move it though its gradient is zero or missing.",
@@ -173,7 +141,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "leaves such. LBFGS takes a missing gradient for zero and goes on in the directions it remembers.",
         "optimizer.zero_grad(set_to_none=True) once after freezing, or freeze with optimizer=optimizer: what "
         "is frozen leaves the optimizer, and its momentum is kept for later.",
-        (_ZERO_GRAD, _torch_source("optim/lbfgs.py")),
+        (_ZERO_GRAD, torch_source("optim/lbfgs.py")),
     ),
     "FK303": Explanation(
         "A frozen parameter has a gradient from before it was frozen, and is in an optimizer. The next step "
@@ -193,7 +161,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "with them, and calibrated (freezekit.update_bn), before it can be frozen.",
         (
             _BATCH_NORM,
-            _torch_issue(37823),
+            torch_issue(37823),
             "https://github.com/Lightning-AI/pytorch-lightning/pull/15063",
         ),
     ),
@@ -203,14 +171,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         "model.backbone.eval() once before a loop that calls model.train() in each epoch, as trainers do. "
         "A train() method that puts the layer back into eval mode is a remedy and is recognised: it is "
         "tried on a copy without values. Where it was not called yet, calling it is the fix.",
-        f"{_FREEZE}: its class says that it is in eval mode, so that no assignment reaches it.",
-        (_torch_issue(66073), "https://github.com/pgniewko/gt-pyg/issues/112"),
+        f"{FREEZE}: its class says that it is in eval mode, so that no assignment reaches it.",
+        (torch_issue(66073), "https://github.com/pgniewko/gt-pyg/issues/112"),
     ),
     "FK306": Explanation(
         "Dropout, stochastic depth or the dropout of attention is on in the frozen part, or will be after "
         "model.train(). The head is trained on features that it will not see afterwards.",
         "requires_grad=False does not switch it off. Some want it on, as augmentation: hence a warning.",
-        f"{_FREEZE}, without hold='norm'.",
+        f"{FREEZE}, without hold='norm'.",
         (
             "https://github.com/nickgkan/butd_detr/issues/8",
             "https://github.com/OpenGVLab/InternVL/issues/544",
@@ -222,18 +190,18 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Pretrained vectors loaded into nn.Embedding(..., max_norm=1.0) and frozen.",
         "Shorten all rows once with weight.data.renorm_, or leave them as they are; then set max_norm to "
         "None.",
-        (_torch_page("torch.nn.Embedding"),),
+        (torch_page("torch.nn.Embedding"),),
     ),
     "FK308": Explanation(
         "A frozen layer writes to its own buffers when it is used.",
         "spectral_norm improves its vectors u and v in each forward pass in train mode. Observers and fake "
         "quantisation record ranges in eval mode too, until they are switched off. InstanceNorm whose "
         "track_running_stats was set to False afterwards moves its statistics in eval mode.",
-        f"{_FREEZE} holds these layers; disable_observer() switches off a fake quantiser alone.",
+        f"{FREEZE} holds these layers; disable_observer() switches off a fake quantiser alone.",
         (
-            _torch_issue(8208),
-            _torch_source("ao/quantization/fake_quantize.py"),
-            _torch_source("nn/modules/instancenorm.py"),
+            torch_issue(8208),
+            torch_source("ao/quantization/fake_quantize.py"),
+            torch_source("nn/modules/instancenorm.py"),
         ),
     ),
     "FK309": Explanation(
@@ -243,7 +211,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "requires_grad=False on a model with vector quantisation. The names are all there is to go by, so "
         "this may be wrong. InstanceNorm is tried on a copy: torch 2.6 does it, whenever the batch is no "
         "power of two.",
-        f"{_FREEZE} keeps a codebook in eval mode. For InstanceNorm a newer torch, or a layer of "
+        f"{FREEZE} keeps a codebook in eval mode. For InstanceNorm a newer torch, or a layer of "
         "freezekit.nn in its place.",
         (
             "https://github.com/lucidrains/vector-quantize-pytorch/issues/167",
@@ -270,7 +238,7 @@ EXPLANATIONS: dict[str, Explanation] = {
         "Patterns that end in .weight, or training biases alone.",
         "Freeze the layer by its name; or freezekit.freeze_backbone(model, bn='freeze_stats'), where weight "
         "and bias train and the statistics stay.",
-        (_torch_issue(86590),),
+        (torch_issue(86590),),
     ),
     "FK313": Explanation(
         "A parameter requires a gradient, but none of the optimizers given has it: it keeps the values it "
@@ -278,21 +246,21 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The optimizer was made before the new head, or from the parameters that required a gradient then.",
         "optimizer.add_param_group(...), or make the optimizer last, from "
         "freezekit.trainable_parameters(model). Give all the optimizers as a list if there are several.",
-        (_torch_page("torch.optim.Optimizer.add_param_group"),),
+        (torch_page("torch.optim.Optimizer.add_param_group"),),
     ),
     "FK314": Explanation(
         "No parameter of the model or of its optimizers requires a gradient. backward() will fail, or "
         "nothing will be learnt.",
         "The head was frozen with the rest.",
         "freezekit.unfreeze(model, NAMES), or requires_grad_(True) on what is to train.",
-        (_torch_page("torch.nn.Module"),),
+        (torch_page("torch.nn.Module"),),
     ),
     "FK315": Explanation(
         "A frozen parameter has a gradient from before it was frozen. Nothing given here applies it, but "
         "another optimizer would, and clip_grad_norm_ counts it.",
         "Training, then requires_grad=False without clearing the gradients.",
         "model.zero_grad(set_to_none=True) once after freezing.",
-        (_ZERO_GRAD, _torch_source("nn/utils/clip_grad.py")),
+        (_ZERO_GRAD, torch_source("nn/utils/clip_grad.py")),
     ),
     "FK316": Explanation(
         "A frozen parameter is in an optimizer that is not one of torch's. Whether it leaves alone what has "
@@ -309,43 +277,14 @@ EXPLANATIONS: dict[str, Explanation] = {
         "The default. Harmless while all ranks have the same; not after loading on one rank alone.",
         "model.broadcast_buffers = False on the DistributedDataParallel model, if no other layer needs it, "
         "or the same checkpoint on every rank.",
-        (_torch_page("torch.nn.parallel.DistributedDataParallel"), _torch_issue(110363)),
+        (torch_page("torch.nn.parallel.DistributedDataParallel"), torch_issue(110363)),
     ),
     "FK318": Explanation(
         "A frozen tensor has no values: its layer is lazy, or it is on the meta device. It will be filled "
         "later, and what it is filled with is not what was frozen.",
         "Freezing before the first batch, or before the checkpoint is loaded.",
         "Run a batch or load the checkpoint first, then freeze.",
-        (_torch_page("torch.nn.modules.lazy.LazyModuleMixin"), _torch_page("torch.nn.Module")),
+        (torch_page("torch.nn.modules.lazy.LazyModuleMixin"), torch_page("torch.nn.Module")),
     ),
-    "FK401": Explanation(
-        "A running mean or variance holds NaN or infinity: in eval mode the layer gives NaN for all inputs.",
-        "One batch that overflowed, in mixed precision for example: the gradient scaler skips the step, but "
-        "the forward pass has updated the statistics already. Or a batch of one value.",
-        "Take the statistics from the base checkpoint, or calibrate them anew on clean data.",
-        (_torch_issue(88474), "https://github.com/facebookresearch/SparseConvNet/issues/190"),
-    ),
-    "FK402": Explanation(
-        "A running variance is below zero, which no data gives. Where it is below -eps the output is NaN.",
-        "A checkpoint converted from another framework, with eps taken off or tensors in another order.",
-        "Convert it again, or take the statistics from a checkpoint that is right.",
-        (
-            "https://github.com/shicai/MobileNet-Caffe/issues/87",
-            "https://github.com/marvis/pytorch-caffe-darknet-convert/issues/48",
-        ),
-    ),
-    "FK403": Explanation(
-        "A layer's running statistics are those it was made with: mean 0, variance 1.",
-        "A layer added or replaced after training, or weights that did not reach it, as load_state_dict with "
-        "strict=False allows.",
-        "Load what this file was meant to hold, or calibrate the layer: freezekit.update_bn(loader, model).",
-        (_BATCH_NORM_CODE,),
-    ),
-    "FK404": Explanation(
-        "The layers have seen different numbers of batches.",
-        "Part of the model was frozen, and rightly so: then this is what one expects. Otherwise the file was "
-        "put together from two models, or a part of it was run more often.",
-        "Nothing, if part of it was frozen. If not, find out where its parts come from.",
-        (_BATCH_NORM_CODE,),
-    ),
+    **FILES,
 }

@@ -68,6 +68,12 @@ CODES: dict[str, tuple[str, Level]] = {
     "FK403": ("running statistics were never trained", "error"),
     # a model that was frozen in part counts differently in its two parts, and rightly so
     "FK404": ("num_batches_tracked differs between layers", "warning"),
+    # real and healthy files have what the rest tells of, if for a reason
+    "FK405": ("channels without variance are in use", "warning"),
+    "FK406": ("running statistics are out of range", "warning"),
+    "FK407": ("fewer batches were counted than steps were taken", "warning"),
+    "FK408": ("running statistics stayed while the weights before them changed", "warning"),
+    "FK409": ("running statistics may not have been trained", "warning"),
 }
 
 
@@ -148,7 +154,7 @@ class Finding:
         name: the layer or tensor concerned.
         message: what was seen, with its size.
         fix: what to do.
-        step: the optimizer step after which it was first seen, in a live audit.
+        step: the step at which it was first seen, in a live audit or in the checkpoints of a run.
         cause: why it moved, in a live audit.
 
     >>> Finding("FK101", "bn1", "mean moved by 0.5 sigma", "freeze it", step=1).level
@@ -216,8 +222,9 @@ class LayerDrift:
             deviations; ``None`` without a comparison.
         var_ratio: the ``sqrt((var_after + eps) / (var_before + eps))`` furthest from 1 over the channels;
             ``None`` without a comparison.
-        changed: whether the layer counts as frozen and a bit of its statistics or counter differs.
-        step: the optimizer step after which that was first seen, in a live audit.
+        changed: whether the layer counts as frozen and a bit of its statistics or counter differs, in any
+            checkpoint of a run.
+        step: the step at which that was first seen, in a live audit or in the checkpoints of a run.
         timeline: how it went: in a live audit, or from checkpoint to checkpoint.
         scatter: of each channel of a layer that moved, ``(after - before)`` of the mean in standard
             deviations, with its sign, and the spread as in ``var_ratio``; empty where they are not known.
@@ -266,7 +273,7 @@ class DriftReport:
         against: what it was compared with, or ``None``.
         scope: how it was told what is frozen, in words.
         compared: number of tensors in the frozen part.
-        changed: names of those that differ.
+        changed: names of those that differ, in any checkpoint of a run.
         layers: the layers with running statistics, in the model's order.
         findings: what is wrong, in the model's order.
         notes: what else a reader should know.

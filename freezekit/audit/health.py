@@ -2,71 +2,234 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
+import numpy.typing as npt
 
 from freezekit.audit.findings import Finding
+from freezekit.audit.stale import feeders, trained_past
 from freezekit.audit.state import StateTable, counter_value, joined
 
 __all__ = ["gone_bad", "health"]
+
+Vector = npt.NDArray[np.float64]
 
 _FIXES = {
     "FK401": "restore the statistics from the base checkpoint, or recalibrate them on clean data",
     "FK402": "restore the statistics from the base checkpoint: a variance cannot be negative",
     "FK403": "calibrate the layer, or load the weights this file was meant to hold",
     "FK404": "harmless if part of the model was frozen; otherwise the file mixes two models",
+    "FK405": "nothing while the inputs are as in training; else set the weight of these channels to 0, or "
+    "train them on data where they vary",
+    "FK406": "find the batch or the step that did it and go back to a checkpoint before; for raw inputs of "
+    "that size, scale them before the layer",
+    "FK409": "nothing if it was trained so; otherwise calibrate it: freezekit.update_bn(loader, model)",
 }
+
+#: below any eps: only rounding, or the decay of a first value, leaves so little
+_NO_VARIANCE = 1e-12
+#: a file does not say the layer's own; this is torch's default
+_EPS = 1e-5
+#: of inputs to outputs; in real files channels without variance come to 4 at most
+_MOST_GAIN = 100.0
+_FLOAT16_MAX = 65504.0
+_MOST_SIGMA = 1e3
+_MOST_PARTS = 3
 
 
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []
     counters: dict[str, int] = {}
+    feeding: dict[str, str] | None = None
     for layer in table.norm_layers():
-        mean = table[joined(layer, "running_mean")]
-        var = table[joined(layer, "running_var")]
-        if mean.unsupported or var.unsupported:
+        means, variances = _statistics(table, layer)
+        if means is None or variances is None:
             continue  # the notes say so
-        means, variances = mean.values(), var.values()
-        bad = int((~np.isfinite(means)).sum() + (~np.isfinite(variances)).sum())
-        if bad:
-            findings.append(
-                _finding("FK401", layer, f"{bad} of {means.size + variances.size} values are NaN or infinite")
-            )
-        negative = int((variances < 0).sum())
-        if negative:
-            findings.append(
-                _finding(
-                    "FK402",
-                    layer,
-                    f"{negative} of {variances.size} variances are negative, down to {variances.min():.3g}",
-                )
-            )
         counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
         if counter is not None:
             counters[layer] = counter
-        if means.size and not means.any() and bool((variances == 1).all()):
-            seen = "" if counter is None else f" (num_batches_tracked is {counter})"
-            findings.append(_finding("FK403", layer, f"running_mean is all 0 and running_var all 1{seen}"))
+        bad = _bad(layer, means, variances)
+        findings += bad
+        if not means.size or bad:
+            continue
+        initial = (means == 0) & (variances == 1) if variances.min() <= 1 <= variances.max() else None
+        if initial is not None and initial.any():
+            findings.append(_untrained(table, layer, initial, counter))
+        if variances.min() < _NO_VARIANCE:
+            feeding = feeders(table) if feeding is None else feeding
+            findings += _without_variance(table, layer, feeding.get(layer), means, variances)
+        findings += _out_of_range(layer, means, variances)
     if len(set(counters.values())) > 1:
-        # Named after the odd ones out, since most layers agree in any real file.
-        common, _ = Counter(counters.values()).most_common(1)[0]
-        odd = [layer for layer, count in counters.items() if count != common]
-        shown = ", ".join(f"{layer}: {counters[layer]}" for layer in odd[:3]) + (
-            ", ..." if len(odd) > 3 else ""
-        )
-        findings.append(
-            _finding("FK404", odd[0], f"{len(odd)} of {len(counters)} layers differ from {common} ({shown})")
-        )
-    return findings
+        findings.append(_disagreeing(counters))
+    return findings + trained_past(table)
 
 
 def gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
     """Return NaN, infinity and negative variances that were not there before."""
-    known = {(finding.code, finding.name) for finding in health(before)}
-    found = [finding for finding in health(after) if finding.code in ("FK401", "FK402")]
+    found = _all_bad(after)
+    known = {(finding.code, finding.name) for finding in _all_bad(before)} if found else set()
     return [finding for finding in found if (finding.code, finding.name) not in known]
+
+
+def _statistics(table: StateTable, layer: str) -> tuple[Vector, Vector] | tuple[None, None]:
+    mean, var = table[joined(layer, "running_mean")], table[joined(layer, "running_var")]
+    if mean.unsupported or var.unsupported or mean.numel != var.numel:
+        return None, None
+    return mean.values().ravel(), var.values().ravel()
+
+
+def _all_bad(table: StateTable) -> list[Finding]:
+    found = []
+    for layer in table.norm_layers():
+        means, variances = _statistics(table, layer)
+        if means is not None and variances is not None:
+            found += _bad(layer, means, variances)
+    return found
+
+
+def _bad(layer: str, means: Vector, variances: Vector) -> list[Finding]:
+    findings = []
+    bad = int((~np.isfinite(means)).sum() + (~np.isfinite(variances)).sum())
+    if bad:
+        message = f"{bad} of {means.size + variances.size} values are NaN or infinite"
+        findings.append(_finding("FK401", layer, message))
+    negative = int((variances < 0).sum())
+    if negative:
+        worst = f"down to {np.nanmin(variances):.3g}"
+        findings.append(
+            _finding("FK402", layer, f"{negative} of {variances.size} variances are negative, {worst}")
+        )
+    return findings
+
+
+def _untrained(table: StateTable, layer: str, initial: npt.NDArray[np.bool_], counter: int | None) -> Finding:
+    """Tell of channels with the statistics that a layer is made with: certain, or only suspicious."""
+    seen = "" if counter is None else f" (num_batches_tracked is {counter})"
+    if not initial.all():
+        message = f"{_some(initial)} have mean 0 and variance 1{seen}, the others have not"
+        return _finding("FK409", layer, message)
+    weight, bias = (_parameter(table, layer, own) for own in ("weight", "bias"))
+    affine = weight is not None or bias is not None
+    own_initial = (weight is None or bool((weight == 1).all())) and (bias is None or not bias.any())
+    # what was trained in eval mode, or has the statistics folded into weight and bias, is as it should be
+    if affine and not own_initial and not counter:
+        message = (
+            f"running_mean is all 0 and running_var all 1{seen}, though its weight and bias were trained"
+        )
+        return _finding("FK409", layer, message)
+    # one value may be so by chance, in low precision
+    if initial.size == 1 and counter and not (affine and own_initial):
+        return _finding("FK409", layer, f"its one channel has mean 0 and variance 1{seen}")
+    also = ", and its weight and bias are initial too" if affine and own_initial else ""
+    return _finding("FK403", layer, f"running_mean is all 0 and running_var all 1{seen}{also}")
+
+
+def _without_variance(
+    table: StateTable, layer: str, feeder: str | None, means: Vector, variances: Vector
+) -> list[Finding]:
+    """Tell of channels that were constant though their filter is not: other inputs come out enlarged."""
+    dead = variances < _NO_VARIANCE
+    weight = _parameter(table, layer, "weight")
+    gain = np.ones(dead.size) if weight is None or weight.size != dead.size else np.abs(weight)
+    filters = None if feeder is None else table[feeder]
+    if filters is not None and not filters.unsupported:
+        # what decayed to 0, as in many a real file, stays constant whatever comes in
+        gain = gain * np.abs(filters.values().reshape(dead.size, -1)).sum(axis=1)
+    gain = gain / _EPS**0.5
+    used = dead & (gain > _MOST_GAIN)
+    if not used.any():
+        return []
+    zero = int((used & (means == 0)).sum())
+    with_zero = f", {zero if zero < used.sum() else 'all'} with mean 0" if zero else ""
+    message = (
+        f"{_some(used)} had no variance (at most {variances[used].max():.3g}{with_zero}) though the filter "
+        f"is not 0: an input of 1 comes out as up to {gain[used].max():,.0f} if eps is 1e-5"
+    )
+    return [_finding("FK405", layer, message)]
+
+
+def _out_of_range(layer: str, means: Vector, variances: Vector) -> list[Finding]:
+    """Tell of statistics that no layer computes well with: too large, or far beyond the other channels."""
+    sizes, sigmas = np.abs(means), np.sqrt(variances + _EPS)
+    largest = sizes + 6 * sigmas  # what is to be expected at most
+    if largest.max() > _FLOAT16_MAX:
+        over = largest > _FLOAT16_MAX
+        message = (
+            f"{_some(over)} are beyond what float16 holds: mean {sizes[over].max():.3g}, "
+            f"standard deviation {sigmas[over].max():.3g} at most"
+        )
+        return [_finding("FK406", layer, message)]
+    if sigmas.max() > _MOST_SIGMA * sigmas.min():
+        usual = float(np.median(sigmas[variances >= _NO_VARIANCE]))
+        over = sigmas > _MOST_SIGMA * usual
+        if over.any():
+            message = (
+                f"{_some(over)} have a standard deviation of up to {sigmas[over].max():.3g}, where the "
+                f"median of the layer is {usual:.3g}"
+            )
+            return [_finding("FK406", layer, message)]
+    if sizes.max() > _MOST_SIGMA * sigmas.min():
+        ratios = sizes / sigmas
+        over = (ratios > _MOST_SIGMA) & (variances >= _NO_VARIANCE)
+        if over.any():
+            message = (
+                f"the mean of {_some(over)} is up to {ratios[over].max():,.0f} standard deviations from 0: "
+                "too few digits are left of what is not the mean"
+            )
+            return [_finding("FK406", layer, message)]
+    return []
+
+
+def _disagreeing(counters: dict[str, int]) -> Finding:
+    """Tell which parts have counted what: each by the shortest name that all its layers share."""
+    parts = _parts(counters)
+    groups: dict[int, list[str]] = {}
+    for part, count in parts.items():
+        groups.setdefault(count, []).append(part)
+    layers = list(counters.values())
+    # named after the odd ones out, since most layers agree in any real file
+    odd = min(groups, key=lambda count: layers.count(count))
+    told = [
+        f"{', '.join(names[:_MOST_PARTS])}{_more(len(names) - _MOST_PARTS)}: {count:,}"
+        for count, names in list(groups.items())[: _MOST_PARTS + 1]
+    ]
+    rest = len(groups) - len(told)
+    message = "; ".join(told) + (f"; and {rest} other counts" if rest > 0 else "")
+    return _finding("FK404", groups[odd][0], message)
+
+
+def _parts(counters: dict[str, int]) -> dict[str, int]:
+    """Return the counts by the parts of the model that have one only."""
+    found: dict[str, int] = {}
+    waiting: list[tuple[str, list[str], int]] = [("", list(counters), 0)]
+    while waiting:
+        prefix, layers, depth = waiting.pop()
+        counts = {counters[layer] for layer in layers}
+        if len(counts) == 1 and prefix:
+            found[prefix] = counts.pop()
+            continue
+        children: dict[str, list[str]] = {}
+        for layer in layers:
+            pieces = layer.split(".")
+            children.setdefault(".".join(pieces[: depth + 1]), []).append(layer)
+        if len(children) == 1 and prefix in children:  # the names end here
+            found |= {layer: counters[layer] for layer in layers}
+            continue
+        waiting += reversed([(name, inside, depth + 1) for name, inside in children.items()])
+    return found
+
+
+def _parameter(table: StateTable, layer: str, own: str) -> Vector | None:
+    tensor = table.get(joined(layer, own))
+    return None if tensor is None or tensor.unsupported else tensor.values().ravel()
+
+
+def _some(which: npt.NDArray[np.bool_]) -> str:
+    return f"{int(which.sum())} of {which.size} channel{'' if which.size == 1 else 's'}"
+
+
+def _more(number: int) -> str:
+    return f" and {number} more" if number > 0 else ""
 
 
 def _finding(code: str, name: str, message: str) -> Finding:

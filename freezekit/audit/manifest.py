@@ -114,7 +114,14 @@ def known_in(manifest: Manifest, label: str, table: StateTable) -> tuple[StateTa
     return renamed, {rename(name): rename(first) for name, first in ties.items()}
 
 
-def compare(known: StateTable, ties: dict[str, str], table: StateTable, base: StateTable | None) -> Outcome:
+def compare(
+    known: StateTable,
+    ties: dict[str, str],
+    table: StateTable,
+    base: StateTable | None,
+    *,
+    scatter: bool = True,
+) -> Outcome:
     """Compare a checkpoint with what a manifest knows.
 
     Args:
@@ -122,6 +129,7 @@ def compare(known: StateTable, ties: dict[str, str], table: StateTable, base: St
         ties: those that are the same tensor as another, with the first name of that.
         table: the checkpoint.
         base: the checkpoint training started from, for how far things moved.
+        scatter: whether to keep the drift of each channel.
     """
     before, notes = (known, []) if base is None else _with_values(known, base)
     names = set(before)
@@ -142,7 +150,7 @@ def compare(known: StateTable, ties: dict[str, str], table: StateTable, base: St
             f"{_count(blind)} compared by dtype and shape only, as the manifest has no digest: "
             f"{_some(blind)} ({before[blind[0]].unsupported})"
         )
-    layers, findings, changed = drift.compare(before, table, names, scatter=True)
+    layers, findings, changed = drift.compare(before, table, names, scatter=scatter)
     structural = [drift.compare_structure(name, before[name], table.get(name)) for name in blind]
     findings += [finding for finding in structural if finding is not None]
     changed += [finding.name for finding in structural if finding is not None]

@@ -233,7 +233,7 @@ class TestAlone:
             ("FK401", "a", "1 of 8 values are NaN or infinite"),
             ("FK402", "b", "2 of 4 variances are negative, down to -1"),
             ("FK403", "c", "running_mean is all 0 and running_var all 1 (num_batches_tracked is 9)"),
-            ("FK404", "d", "1 of 5 layers differ from 9 (d: 10)"),
+            ("FK404", "d", "a, b, c and 1 more: 9; d: 10"),
         ]
 
     def test_counters_that_disagree_are_only_a_warning(self, tmp_path: Path) -> None:
@@ -329,7 +329,9 @@ def test_statistics_that_are_odd_but_possible(tmp_path: Path) -> None:
     state = norms()
     state["a.running_var"][1] = 0  # a dead channel
     state["b.running_mean"].zero_()  # over a layer whose output is centred
-    assert audit_checkpoint(save(state, tmp_path / "a.pth")).findings == ()
+    report = audit_checkpoint(save(state, tmp_path / "a.pth"))
+    assert report.clean
+    assert [(f.code, f.name) for f in report.findings] == [("FK405", "a")]
 
 
 def test_a_counter_that_is_no_number(tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_the_statistics_are_judged_all_the_same(tmp_path: Path) -> None:
     # never calibrated, and then frozen so: nothing moved, and it is no good
     model = small()
     model.bn.reset_running_stats()
+    model.bn.num_batches_tracked.fill_(7)
     manifest = freezekit.freeze_backbone(model).manifest()
     report = audit_checkpoint(save(model.state_dict(), tmp_path / "b.pth"), manifest=manifest)
     assert [f.code for f in report.findings] == ["FK403"]

@@ -53,6 +53,8 @@ def printable(text: str, limit: int = 80) -> str:
     >>> printable("a\x1b[31mb\n\u202e"), printable("x" * 100, limit=5)
     ('a\\x1b[31mb\\n\\u202e', 'xxxxx…')
     """
+    if len(text) <= limit and text.isprintable():
+        return text
     pieces: list[str] = []
     room = limit
     for char in text:  # one by one, so that a text of 100 MB costs no more than its first characters
