@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from freezekit.errors import CheckpointError, FreezekitError
 
-__all__ = ["Reader", "write"]
+__all__ = ["Reader", "whole", "write"]
 
 
 def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
@@ -25,26 +28,44 @@ def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
     Raises:
         FreezekitError: it cannot be written.
     """
+    with whole(path, thing) as partial, open(partial, "x", encoding="ascii") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole(path: str | os.PathLike[str], thing: str) -> Iterator[str]:
+    """Give the name of a temporary file, which gets its own name when the block ends and not before.
+
+    If the block raises, or the renaming does, the temporary file is removed.
+
+    Args:
+        path: the file; one that is there already is replaced.
+        thing: what it is, for the message.
+
+    Raises:
+        FreezekitError: it cannot be written.
+    """
     # beside it, since a file can be renamed within its own file system only
     folder, name = os.path.split(os.fspath(path))
     partial = os.path.join(folder, f".{name[:100]}.{secrets.token_hex(4)}")
     try:
         try:
-            with open(partial, "x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            yield partial
             os.replace(partial, path)
         except BaseException:
             if os.path.exists(partial):
                 os.unlink(partial)
             raise
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "give the path of a file in a folder that exists and can be written to"
         raise FreezekitError(
             f"cannot write the {thing}",
             where=os.fspath(path),
-            got=error.strerror,
-            remedy="give the path of a file in a folder that exists and can be written to",
+            got=error.strerror or type(error).__name__,
+            remedy="make room there, or write it elsewhere" if full else remedy,
         ) from error
 
 

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.inert import StorageRef, TensorRef
@@ -16,7 +17,16 @@ from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
 from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "ValueReader", "make_tensor", "unreadable"]
+__all__ = [
+    "MAX_NUMEL",
+    "MAX_RANK",
+    "StoredBytes",
+    "ValueReader",
+    "check_shape",
+    "make_tensor",
+    "swapped",
+    "unreadable",
+]
 
 MAX_RANK = 64
 MAX_NUMEL = 2**40
@@ -172,21 +182,39 @@ class ValueReader:
         with guarded(self.stored.file.shown):
             if self.length == 0:
                 return b""
-            raw = self.stored.read(self.start, self.length, self.name)
-            if self.stored.swapped:
-                part = self.itemsize // 2 if self.dtype.startswith("complex") else self.itemsize
-                raw = np.frombuffer(raw, f"V{part}").view(f"u{part}").byteswap().tobytes()
-            # dimensions of one element step nowhere, whatever their stride says
-            dims = [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
-            if all(step == prod(size for size, _ in dims[i + 1 :]) for i, (_, step) in enumerate(dims)):
-                return raw
-            view = np.lib.stride_tricks.as_strided(
-                np.frombuffer(raw, f"V{self.itemsize}"),
-                [size for size, _ in dims],
-                [step * self.itemsize for _, step in dims],
-                writeable=False,
-            )
-            return view.tobytes()
+            return self.unpack(self.stored.read(self.start, self.length, self.name))
+
+    def unpack(self, raw: bytes) -> bytes:
+        """Return the values that lie in the storage's ``length`` bytes from ``start`` on."""
+        if self.stored.swapped:
+            raw = swapped(raw, self)
+        if self.dense:
+            return raw
+        return self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
+
+    @property
+    def dense(self) -> bool:
+        """Whether the elements follow each other in the storage as they do in the values."""
+        dims = self._dims()
+        return all(step == prod(size for size, _ in dims[i + 1 :]) for i, (_, step) in enumerate(dims))
+
+    def view(self, elements: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """Return the tensor's elements among those of its part of the storage; writable if they are."""
+        dims = self._dims()
+        return np.lib.stride_tricks.as_strided(
+            elements, [size for size, _ in dims], [step * self.itemsize for _, step in dims]
+        )
+
+    def _dims(self) -> list[tuple[int, int]]:
+        # dimensions of one element step nowhere, whatever their stride says
+        return [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
+
+
+def swapped(raw: bytes, reader: ValueReader) -> bytes:
+    """Return elements in the other byte order; that of a complex number is of its two parts."""
+    part = reader.itemsize // 2 if reader.dtype.startswith("complex") else reader.itemsize
+    turned: bytes = np.frombuffer(raw, f"u{part}").byteswap().tobytes()
+    return turned
 
 
 def _ints(name: str, what: str, values: object) -> tuple[int, ...]:
