@@ -11,7 +11,6 @@ import hashlib
 import os
 import shutil
 import struct
-import zipfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -150,17 +149,18 @@ class Copy:
     def _mend(self, stream: BinaryIO, start: int, length: int, storages: list[StoredBytes]) -> None:
         """Set the checksums of an archive that starts and ends at these bytes of the file."""
         archive = Archive(self.file, stream, start, length)
-        members = sorted(archive.members.values(), key=lambda member: member.header_offset)
-        offsets = [start + member.header_offset for member in members]
+        members = sorted(archive.members.values(), key=lambda member: member.place)
+        places = [start + member.place for member in members]
         changed: dict[str, list[StoredBytes]] = {}
         for stored in storages:
-            name = members[bisect_right(offsets, stored.offset) - 1].filename
+            name = members[bisect_right(places, stored.offset) - 1].name
             changed.setdefault(name, []).append(stored)
-        for member, entry in zip(archive.members.values(), _entries(archive, start), strict=True):
-            if member.filename not in changed:
+        entries = _entries(stream, start + archive.directory, len(members))
+        for member, entry in zip(archive.members.values(), entries, strict=True):
+            if member.name not in changed:
                 continue
-            body = archive.locate(member.filename, member.filename)
-            inside = [stored for stored in changed[member.filename] if stored.offset != body.offset]
+            body = archive.locate(member.name, member.name)
+            inside = [stored for stored in changed[member.name] if stored.offset != body.offset]
             if inside:  # an archive in the archive
                 self._mend(stream, body.offset, body.nbytes, inside)
             if body.crc is None:
@@ -171,9 +171,9 @@ class Copy:
             self._put(entry + _CRC_IN_ENTRY, new)
             # what wrote the archive in one go knew the checksum only afterwards
             end = body.offset + body.nbytes
-            header = start + member.header_offset + _CRC_IN_HEADER
+            header = start + member.place + _CRC_IN_HEADER
             behind = end + len(_DESCRIPTOR) * (_at(stream, end) == _DESCRIPTOR)
-            for place in (header, *([behind] if member.flag_bits & 8 else [])):
+            for place in (header, *([behind] if member.flags & 8 else [])):
                 if _at(stream, place) == old:
                     self._put(place, new)
 
@@ -193,15 +193,14 @@ def copy_bytes(source: BinaryIO, out: BinaryIO, size: int) -> None:
     shutil.copyfileobj(source, out, _CHUNK)
 
 
-def _entries(archive: Archive, start: int) -> Iterator[int]:
-    """Yield where in the file the members' entries in the archive's directory are."""
-    with zipfile.ZipFile(archive.stream) as known:
-        position = known.start_dir
-    for _ in archive.members:
-        archive.stream.seek(position)
-        lengths = struct.unpack_from("<3H", archive.stream.read(_ENTRY), 28)
-        yield start + position
-        position += _ENTRY + sum(lengths)
+def _entries(stream: BinaryIO, position: int, count: int) -> list[int]:
+    """Return where in the file the entries of an archive's directory are, which has been checked."""
+    entries: list[int] = []
+    for _ in range(count):
+        entries.append(position)
+        stream.seek(position)
+        position += _ENTRY + sum(struct.unpack_from("<3H", stream.read(_ENTRY), 28))
+    return entries
 
 
 def _at(stream: BinaryIO, place: int) -> bytes:
