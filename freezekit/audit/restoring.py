@@ -178,7 +178,7 @@ class _Plan:
         self.due = origin.with_tensors(list(due.values()))
         for dtype in filter(rounded.get, rounded):
             self.notes.append(
-                f"the file has {dtype}: {_count(rounded[dtype], 'value')} of the base were rounded to it"
+                f"the file has {dtype}: {_count(rounded[dtype], 'tensor')} of the base were cast to it"
             )
 
     def regions(self) -> Iterator[Region]:
