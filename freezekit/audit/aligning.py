@@ -4,22 +4,42 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
 
-__all__ = ["align", "named_as_in"]
+__all__ = ["Aligned", "align", "named_as_in"]
 
 
-def align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, str, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Aligned:
+    """Two states whose names were brought together.
+
+    Args:
+        table: the checkpoint.
+        base: what it is compared with.
+        notes: what was done to the names, after what the readers had to say.
+        given: names as the files have them, with what they are here, where they differ.
+    """
+
+    table: StateTable
+    base: StateTable
+    notes: tuple[str, ...]
+    given: dict[str, str] = field(default_factory=dict)
+
+
+def align(table: StateTable, base: StateTable) -> Aligned:
     """Strip from either file the prefix by which its names differ from the other's (``model.``, ...)."""
     notes = tuple(f"{t.source}: {note}" for t in (table, base) for note in t.notes)
     prefix = _extra_prefix(table, base)
+    given: dict[str, str] = {}
     if prefix:
+        given = {name: name.removeprefix(prefix) for name in table if name.startswith(prefix)}
         table = _strip(table, prefix)
         notes += (f"{table.source}: prefix {prefix!r} stripped to match the base",)
     elif prefix := _extra_prefix(base, table):
+        given = {name: name.removeprefix(prefix) for name in base if name.startswith(prefix)}
         base = _strip(base, prefix)
         notes += (f"{base.source}: prefix {prefix!r} stripped to match the checkpoint",)
     if not any(name in base for name in table):
@@ -29,7 +49,7 @@ def align(table: StateTable, base: StateTable) -> tuple[StateTable, StateTable, 
             got=f"{next(iter(table))!r} and {next(iter(base))!r}",
             remedy="give the checkpoint training started from",
         )
-    return table, base, prefix, notes
+    return Aligned(table, base, notes, given)
 
 
 def named_as_in(table: StateTable, known: StateTable) -> Callable[[str], str]:

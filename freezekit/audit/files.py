@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
 
 from freezekit.audit import drift, saved
 from freezekit.audit import manifest as manifests
-from freezekit.audit.aligning import align, named_as_in
+from freezekit.audit.aligning import align
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.frozen_set import differing, inferred
+from freezekit.audit.frozen_set import differing, frozen_names
 from freezekit.audit.health import health
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
-from freezekit.manifest import Manifest, bare_name
-from freezekit.patterns import select
+from freezekit.manifest import Manifest
 
 __all__ = ["audit_checkpoint"]
 
@@ -95,20 +93,22 @@ def audit_checkpoint(
     if against is None:
         return saved.with_report_inside(_alone(table), table)
     base = read_checkpoint(against)
-    holds_manifest = table.manifest is not None
-    table, base, prefix, notes = align(table, base)
-    if holds_manifest:
+    own = None if frozen is not None else manifests.manifest_of(table)
+    if own is not None and own.tensors:
+        return _by_manifest(table, own, "the manifest inside it", base)
+    return _against(table, base, frozen)
+
+
+def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | None) -> DriftReport:
+    """Compare with the file that training started from."""
+    aligned = align(table, base)
+    table, base, notes = aligned.table, aligned.base, aligned.notes
+    if frozen is not None and table.manifest is not None:
         notes += (
             f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
         )
-    if frozen is None:
-        names, scope = inferred(base, table)
-    else:
-        every = list(dict.fromkeys([*base, *table]))
-        # as the file has the names, or as they are without the prefix
-        patterns = [p.removeprefix(prefix) for p in ([frozen] if isinstance(frozen, str) else frozen)]
-        names = set(select(patterns, every, where="frozen", kind="layer or tensor"))
-        scope = "as given"
+    names, scope, said = frozen_names(table, base, frozen, given=aligned.given)
+    notes += said
     # Files from before torch 0.4.1 have no counters, and some tools strip them: that moves nothing.
     counters = {n for t in (base, table) for n in t if t[n].role == "num_batches_tracked"}
     absent = {name for name in names & counters if name not in base or name not in table}
@@ -154,19 +154,9 @@ def _by_manifest(table: StateTable, manifest: Manifest, label: str, base: StateT
     """Compare with what a manifest says was frozen."""
     notes = table.notes
     if base is not None:
-        table, base, _, notes = align(table, base)
-    known = manifests.digest_table(manifest, label)
-    ties = {bare_name(t.name): bare_name(t.tied_to) for t in manifest.tensors if t.tied_to}
-    rename = named_as_in(table, known)
-    renamed = StateTable([replace(tensor, name=rename(name)) for name, tensor in known.items()], label)
-    if known and not any(name in table for name in renamed):
-        raise FreezekitError(
-            "the checkpoint has no tensor that the manifest names, so they are not of the same model",
-            where=f"{table.source}, {label}",
-            got=f"{next(iter(table))!r} and {next(iter(known))!r}",
-            remedy="give the manifest that was saved with the checkpoint",
-        )
-    known, ties = renamed, {rename(name): rename(first) for name, first in ties.items()}
+        aligned = align(table, base)
+        table, base, notes = aligned.table, aligned.base, aligned.notes
+    known, ties = manifests.known_in(manifest, label, table)
     outcome = manifests.compare(known, ties, table, base)
     if base is not None:
         notes += tuple(differing(base, table, known))

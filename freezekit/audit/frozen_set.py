@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
 from freezekit.audit import drift
+from freezekit.audit import manifest as manifests
 from freezekit.audit.state import StateTable
-from freezekit.patterns import below
+from freezekit.manifest import Manifest
+from freezekit.patterns import below, select
 
-__all__ = ["differing", "inferred"]
+__all__ = ["differing", "frozen_names", "inferred"]
+
+
+def frozen_names(
+    table: StateTable,
+    base: StateTable,
+    frozen: str | Iterable[str] | None = None,
+    manifest: Manifest | None = None,
+    *,
+    given: Mapping[str, str] | None = None,
+) -> tuple[set[str], str, tuple[str, ...]]:
+    """Tell which tensors count as frozen: as given, as a manifest says, or by inference, in this order.
+
+    Args:
+        table: the checkpoint, under the names that :func:`freezekit.audit.aligning.align` gave it.
+        base: the checkpoint it started from, likewise.
+        frozen: names or globs.
+        manifest: what was frozen; without it the one inside the checkpoint.
+        given: names as the files have them, with what they are here, where they differ.
+
+    Returns:
+        the names, how they were told in words, and notes.
+
+    Raises:
+        SelectionError: a pattern matches nothing.
+        CheckpointError: the manifest inside is damaged or hostile.
+    """
+    if frozen is not None:
+        aliases = given or {}
+        every = list(dict.fromkeys([*base, *table, *aliases]))
+        names = select(frozen, every, where="frozen", kind="layer or tensor")
+        return {aliases.get(name, name) for name in names}, "as given", ()
+    label = "the manifest given" if manifest is not None else "the manifest inside it"
+    manifest = manifest or manifests.manifest_of(table)
+    if manifest is not None and manifest.tensors:
+        known, ties = manifests.known_in(manifest, label, table)
+        tied = {name for name in known if name not in table and ties.get(name, name) in table}
+        return set(known) - tied, f"as {label} says", ()
+    return (*inferred(base, table), ())
 
 
 def inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:

@@ -7,16 +7,17 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from freezekit.audit import drift
+from freezekit.audit.aligning import named_as_in
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable, sniff
 from freezekit.audit.findings import Finding, LayerDrift
 from freezekit.audit.health import health
 from freezekit.audit.saved import json_text
 from freezekit.audit.state import Role, StateTable, TensorState
-from freezekit.errors import CheckpointError
+from freezekit.errors import CheckpointError, FreezekitError
 from freezekit.manifest import KEY, READER, Manifest, bare_name
 
-__all__ = ["Outcome", "compare", "digest_table", "load_manifest", "manifest_of"]
+__all__ = ["Outcome", "compare", "known_in", "load_manifest", "manifest_of"]
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,20 @@ def manifest_of(table: StateTable) -> Manifest | None:
         return Manifest.from_json(table.manifest)
 
 
-def digest_table(manifest: Manifest, source: str) -> StateTable:
-    """Return what a checkpoint should hold by a manifest, as tensors of which only the digests are known."""
+def known_in(manifest: Manifest, label: str, table: StateTable) -> tuple[StateTable, dict[str, str]]:
+    """Return what a checkpoint should hold by a manifest, under the names that the checkpoint has.
+
+    Args:
+        manifest: the manifest.
+        label: what to call it.
+        table: the checkpoint.
+
+    Returns:
+        the tensors, of which only the digests are known, and of the tied ones the first name each.
+
+    Raises:
+        FreezekitError: the checkpoint has none of them.
+    """
     tensors: dict[str, TensorState] = {}
     for tensor in manifest.tensors:
         if tensor.persistent:
@@ -86,7 +99,18 @@ def digest_table(manifest: Manifest, source: str) -> StateTable:
             tensors[name] = TensorState(
                 name, role, tensor.dtype, tensor.shape, _no_values, unknown, tensor.sha256
             )
-    return StateTable(list(tensors.values()), source)
+    known = StateTable(list(tensors.values()), label)
+    ties = {bare_name(t.name): bare_name(t.tied_to) for t in manifest.tensors if t.tied_to}
+    rename = named_as_in(table, known)
+    renamed = known.with_tensors([replace(tensor, name=rename(name)) for name, tensor in known.items()])
+    if known and not any(name in table for name in renamed):
+        raise FreezekitError(
+            "the checkpoint has no tensor that the manifest names, so they are not of the same model",
+            where=f"{table.source}, {label}",
+            got=f"{next(iter(table))!r} and {next(iter(known))!r}",
+            remedy="give the manifest that was saved with the checkpoint",
+        )
+    return renamed, {rename(name): rename(first) for name, first in ties.items()}
 
 
 def compare(known: StateTable, ties: dict[str, str], table: StateTable, base: StateTable | None) -> Outcome:

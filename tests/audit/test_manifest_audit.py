@@ -154,10 +154,14 @@ def test_a_manifest_inside_is_found(tmp_path: Path, form: str, how: str) -> None
     # and by the name of a checkpoint that holds it
     other = save(little("naive")[0], tmp_path / "other.pth")
     assert [f.code for f in audit_checkpoint(other, manifest=path).findings] == ["FK101"]
-    # what is given goes before what is inside
+    # beside a base it still tells what was frozen
     against = audit_checkpoint(path, against=path)
-    assert against.clean
-    assert against.scope.startswith("inferred")
+    assert against.clean == (how == "ours")
+    assert (against.compared, against.against) == (7, str(path))
+    assert against.scope == "as the manifest inside it says"
+    # but what is given goes before what is inside
+    against = audit_checkpoint(path, against=path, frozen="*bn")
+    assert (against.clean, against.compared, against.scope) == (True, 5, "as given")
     assert any("holds a manifest of what was frozen, not used here" in note for note in against.notes)
 
 
