@@ -10,19 +10,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from freezekit.audit import drift
-from freezekit.audit.aligning import align
+from freezekit.audit import manifest as manifests
+from freezekit.audit.aligning import Aligned, align
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.patching import Copy, Region, copy_bytes
 from freezekit.audit.checkpoint.tensors import ValueReader
 from freezekit.audit.findings import DriftReport, Finding
-from freezekit.audit.frozen_set import inferred
+from freezekit.audit.frozen_set import frozen_names
 from freezekit.audit.recasting import FLOATS, fits, recast
 from freezekit.audit.state import StateTable, TensorState
 from freezekit.errors import CheckpointError, FreezekitError
 from freezekit.jsonfile import whole
 from freezekit.manifest import Manifest
-from freezekit.patterns import select
 
 __all__ = ["RestoreReport", "restore_checkpoint"]
 
@@ -106,8 +106,10 @@ def restore_checkpoint(
     _check_target(target, source, os.fsdecode(base))
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)  # from here on it must not change
-    table, origin, prefix, notes = align(read_checkpoint(source), read_base := read_checkpoint(base))
-    names, scope, said = _frozen(table, origin, prefix, frozen, manifest)
+    read_base = read_checkpoint(base)
+    aligned = align(read_checkpoint(source), read_base)
+    names, scope, notes = _frozen(aligned, frozen, manifest)
+    table, origin = aligned.table, aligned.base
     plan = _Plan(table, origin, names, file)
     layers, findings, changed = drift.compare(plan.due, table, plan.names)
     before = DriftReport(
@@ -118,16 +120,16 @@ def restore_checkpoint(
         changed=tuple(changed),
         layers=tuple(layers),
         findings=tuple(findings),
-        notes=(*notes, *said),
+        notes=notes,
     )
     with whole(target, "restored checkpoint") as partial:
         _write(plan, file, partial)
-        fresh, again, _, _ = align(read_checkpoint(partial), read_base)
+        fresh = align(read_checkpoint(partial), read_base).table
         plan.verify(fresh)
-        left = drift.compare(again, fresh, plan.names)[1]
+        left = drift.compare(origin, fresh, plan.names)[1]
         _check_target(target, source, os.fsdecode(base))  # it took a while
     _sync_folder(target)
-    return RestoreReport(target, tuple(plan.moved), before, tuple(left), (*before.notes, *plan.notes))
+    return RestoreReport(target, tuple(plan.moved), before, tuple(left), (*notes, *plan.notes))
 
 
 class _Plan:
@@ -278,23 +280,47 @@ def _unwritable(tensor: TensorState, file: SourceFile) -> str | None:
 
 
 def _frozen(
-    table: StateTable,
-    origin: StateTable,
-    prefix: str,
+    aligned: Aligned,
     frozen: str | Iterable[str] | None,
     manifest: Manifest | str | os.PathLike[str] | None,
 ) -> tuple[set[str], str, tuple[str, ...]]:
-    if frozen is None:
-        names, scope = inferred(origin, table)
-    else:
-        every = list(dict.fromkeys([*origin, *table]))
-        patterns = [p.removeprefix(prefix) for p in ([frozen] if isinstance(frozen, str) else frozen)]
-        names = set(select(patterns, every, where="frozen", kind="layer or tensor"))
-        scope = "as given"
-    counters = {n for t in (origin, table) for n in t if t[n].role == "num_batches_tracked"}
-    absent = {name for name in names & counters if name not in origin or name not in table}
-    names -= absent
-    return names, scope, ()
+    """Tell what is frozen, how that was told, and notes.
+
+    Raises:
+        FreezekitError: the base does not have the values that a manifest says were frozen.
+    """
+    table, base = aligned.table, aligned.base
+    if frozen is not None and manifest is not None:
+        raise FreezekitError(
+            "a manifest says by itself what was frozen",
+            where="frozen",
+            got="both",
+            remedy="give one of the two",
+        )
+    if manifest is not None and not isinstance(manifest, Manifest):
+        manifest = manifests.load_manifest(manifest)
+    names, scope, said = frozen_names(table, base, frozen, manifest, given=aligned.given)
+    own = manifest or (manifests.manifest_of(table) if frozen is None else None)
+    if own is not None and own.tensors:
+        known, _ = manifests.known_in(own, scope, table)
+        # where there is no digest, or no such tensor, that is for the plan to say
+        wrong = [n for n in base if n in names and known[n].sha256 and not drift.same_bits(known[n], base[n])]
+        if wrong:
+            raise FreezekitError(
+                "the base is not what was frozen, by the manifest",
+                where=base.source,
+                got=f"{_count(len(wrong), 'tensor')} with other values, {printable(wrong[0])} first",
+                remedy="give the checkpoint that the model was frozen with",
+            )
+    # files from before torch 0.4.1 have no counters, which moves nothing
+    absent = {
+        name
+        for name in names
+        if (name in table) != (name in base) and (table.get(name) or base[name]).role == "num_batches_tracked"
+    }
+    if absent:
+        said += (f"{len(absent)} num_batches_tracked are in one of the files only, and stay as they are",)
+    return names - absent, scope, (*aligned.notes, *said)
 
 
 def _check_target(target: str, source: str, base: str) -> None:

@@ -34,11 +34,9 @@ STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def bits(tensor: Tensor) -> bytes:
-    return (
-        tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        if tensor.numel()
-        else b""
-    )
+    # one element may be contiguous with any stride, but not for view()
+    tensor = tensor.detach().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return tensor.view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
 
 
 def same(one: Tensor, other: Tensor) -> bool:
@@ -355,7 +353,7 @@ def test_a_file_in_half_precision_takes_rounded_values(tmp_path: Path, dtype: to
     # which an audit against the base in float32 still tells
     assert {finding.code for finding in report.findings} == {"FK105"}
     assert "\nverified: read again and compared bit for bit; an audit of it against" in str(report)
-    assert f": FK105 are left, first FK105 conv.weight: was recast from float32 to {name}" in str(report)
+    assert f": FK105 are left, first FK105 bn1.weight: was recast from float32 to {name}" in str(report)
 
 
 def as_state(tensor: Tensor, role: str = "parameter") -> TensorState:
@@ -491,7 +489,7 @@ def test_damage_is_not_blessed(tmp_path: Path) -> None:
     raw = bytearray((tmp_path / "drifted").read_bytes())
     raw[raw.index(bits(flat[-4:])) + 3] ^= 1
     (tmp_path / "drifted").write_bytes(raw)
-    with pytest.raises(CheckpointError, match="damaged: checksum of storage 0 does not match"):
+    with pytest.raises(CheckpointError, match="drifted: damaged: checksum of storage 0 does not match"):
         restore_checkpoint(tmp_path / "drifted", tmp_path / "base", tmp_path / "out", frozen="a")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "drifted"]
 
@@ -506,7 +504,7 @@ def test_one_shard(tmp_path: Path) -> None:
         tmp_path / "model-00001-of-00002.safetensors", tmp_path / "base.safetensors", out, frozen="bn*"
     )
     assert all(same(tensor, base.state_dict()[name]) for name, tensor in load_file(out).items())
-    assert "not in this shard, so not put back: 5 frozen tensors" in report.notes
+    assert "not in this shard, so not put back: 4 frozen tensors" in report.notes
 
 
 def test_folders_are_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -148,12 +148,16 @@ class SourceFile:
             stream.seek(offset)
             data = stream.read(length)
         if len(data) != length:
-            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+            raise self._changed()
         return data
 
     def _check(self, identity: tuple[int, int, int, int]) -> None:
         if identity != self.identity:
-            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        remedy = "read it when nothing writes to it"
+        return CheckpointError("changed while reading", where=self.shown, remedy=remedy)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

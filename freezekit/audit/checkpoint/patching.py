@@ -108,7 +108,8 @@ class Copy:
             with self.file.open() as stream:
                 if _crc(stream, stored.offset, stored.nbytes) != stored.crc:
                     what = f"damaged: checksum of storage {printable(stored.key)} does not match"
-                    raise CheckpointError(what, remedy="download or copy the file again")
+                    remedy = "download or copy the file again"
+                    raise CheckpointError(what, where=self.file.shown, remedy=remedy)
         self._storages[stored.offset] = stored
         self._put(region.offset, bytes(region.new))
 
