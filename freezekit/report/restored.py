@@ -19,7 +19,8 @@ def render(report: RestoreReport) -> str:
     before = report.before
     out, source, base = (printable(path or "", 200) for path in (report.out, before.source, before.against))
     layers = sum(layer.changed for layer in before.layers)
-    of = f" ({layers} of {len(before.layers)} layers with running statistics)" if before.layers else ""
+    norms = f"{len(before.layers)} layer{'' if len(before.layers) == 1 else 's'} with running statistics"
+    of = f" ({layers} of {norms})" if before.layers else ""
     head = f"RESTORED: {len(report.restored)} of {before.compared} frozen tensors{of}"
     made = f"{out} is {source} with them as in {base}"
     if not report.restored:
