@@ -1,4 +1,4 @@
-"""A zip archive in a file, or in a part of one: its members checked against each other, none unpacked unasked."""
+"""A zip archive in a file, or in a part of one: its members checked against each other, few ever unpacked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from freezekit.errors import CheckpointError
 __all__ = ["MAX_UNPACKED_BYTES", "Archive"]
 
 #: of all the members of one archive that were unpacked, together
-MAX_UNPACKED_BYTES = 64 * 2**20
+MAX_UNPACKED_BYTES = 32 * 2**20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _STORED, _DEFLATED = 0, 8
@@ -106,8 +106,8 @@ class Archive:
 
     def _content(self, member: Member) -> int:
         """Return where in the file a member's content starts."""
-        header = self._read(member.place, _LOCAL_HEADER.size)
-        magic, _, _, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        header = _LOCAL_HEADER.unpack(self._read(member.place, _LOCAL_HEADER.size))
+        magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
         raw = member.name.encode("utf-8", "surrogateescape")
         same = magic == b"PK\x03\x04" and method == member.method and name_length == len(raw)
         start = member.place + _LOCAL_HEADER.size + name_length + extra_length
@@ -138,7 +138,7 @@ class Archive:
 
 def _check_member(member: Member) -> None:
     name = member.name
-    if ".." in name and ".." in name.split("/") or name.startswith("/") or "\\" in name or "\0" in name:
+    if (".." in name and ".." in name.split("/")) or name.startswith("/") or "\\" in name or "\0" in name:
         raise CheckpointError("hostile: a name in the zip archive leads out of it", got=printable(name))
     if member.flags & _ENCRYPTED:
         what = "not supported: an encrypted zip archive"

@@ -97,7 +97,7 @@ def read_directory(read: Read, length: int) -> tuple[list[Member], int]:
 
 
 def _find(read: Read, length: int) -> tuple[int, int, int]:
-    """Return the directory's number of entries, its size and its start, from the record that ends the archive."""
+    """Return the directory's number of entries, its size and its start, from the record at the end."""
     tail_start = max(0, length - _END.size - _MAX_COMMENT)
     tail = read(tail_start, length - tail_start)
     # the last one, as all readers do; what follows it, a comment or a signature, belongs to nothing
