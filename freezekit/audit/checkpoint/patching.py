@@ -26,7 +26,7 @@ from freezekit.errors import CheckpointError
 
 __all__ = ["Copy", "Region", "copy_bytes"]
 
-_CHUNK = 8 * 2**20
+_CHUNK = 2**20
 _LOCAL = b"PK\x03\x04"
 _DESCRIPTOR = b"PK\x07\x08"
 #: where the CRC-32 is in a member's header and in its entry of the directory, and how long these are
