@@ -730,6 +730,26 @@ def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "new")["bn1.running_mean"], base.state_dict()["bn1.running_mean"])
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_torchscript_and_exported_programs(tmp_path: Path) -> None:
+    base, model, _ = fine_tuned()
+    torch.save(base.state_dict(), tmp_path / "base")
+    torch.jit.script(model.eval()).save(tmp_path / "drifted.ts")  # type: ignore[no-untyped-call]
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 8, 8),)), tmp_path / "drifted.pt2")
+    for end in ("ts", "pt2"):
+        report = restore_checkpoint(tmp_path / f"drifted.{end}", tmp_path / "base", tmp_path / f"out.{end}")
+        assert len(report.restored) == 6
+        with zipfile.ZipFile(tmp_path / f"out.{end}") as archive:
+            assert archive.testzip() is None
+    states = (
+        torch.jit.load(tmp_path / "out.ts").state_dict(),
+        torch.export.load(tmp_path / "out.pt2").state_dict,
+    )
+    for state in states:
+        for name, tensor in state.items():
+            assert same(tensor, (model if name.startswith("fc") else base).state_dict()[name]), name
+
+
 DTYPES = [
     torch.float32,
     torch.float16,
