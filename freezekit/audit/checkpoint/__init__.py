@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, sniff
 from freezekit.audit.checkpoint.inert import describe
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, PickleDamageError, unpickle
 from freezekit.audit.checkpoint.safetensors import read_safetensors
 from freezekit.audit.checkpoint.torch_legacy import read_legacy
@@ -21,7 +22,9 @@ from freezekit.errors import CheckpointError
 __all__ = ["read_checkpoint"]
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
+def read_checkpoint(
+    path: str | os.PathLike[str], root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read the tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, whatever its name.
 
     Only the descriptions are read now. A tensor's values are read, and their checksum checked, when
@@ -29,26 +32,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
 
     Args:
         path: a file that ``torch.save`` of any version or safetensors wrote.
+        root: which of the states in the file to read, as ``StateTable.roots`` names them: the keys that lead
+            there (``"ema.module"``, ``"nets.0"``), and after a colon the prefix of one of several networks in
+            one state dict (``"state_dict:teacher"``). Its last part will do if no other root ends so. Without
+            it, the model's own.
+        limits: caps on what a hostile file may cost; ``Limits.NONE`` lifts them.
 
     Returns:
         The model's state, with notes on what was found beside it.
 
     Raises:
         CheckpointError: the file is missing, damaged, unsupported or hostile; ``read()`` raises it too.
+        SelectionError: the file has no such root, or several.
     """
     source = os.fsdecode(path)
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)
         with file.open() as stream:
-            return _READERS[sniff(file, stream)](file, stream)
+            return _READERS[sniff(file, stream)](file, stream, root, limits)
 
 
-def _read_unknown(file: SourceFile, stream: BinaryIO) -> StateTable:
+def _read_unknown(file: SourceFile, stream: BinaryIO, root: str | None, limits: Limits) -> StateTable:
     """Refuse a file of no known format, after a look whether it is a pickle, and what that would run."""
     head = stream.read(8)
     stream.seek(0)
     try:
-        pickled = unpickle(LimitedReader(stream, file.size), plain=True)
+        pickled = unpickle(LimitedReader(stream, file.size), plain=True, limits=limits)
     except PickleDamageError as error:
         if head.startswith(b"\x80"):
             raise
@@ -64,7 +73,7 @@ def _read_unknown(file: SourceFile, stream: BinaryIO) -> StateTable:
     )
 
 
-_READERS: dict[Kind, Callable[[SourceFile, BinaryIO], StateTable]] = {
+_READERS: dict[Kind, Callable[[SourceFile, BinaryIO, str | None, Limits], StateTable]] = {
     "zip": read_zip,
     "legacy": read_legacy,
     "safetensors": read_safetensors,

@@ -9,7 +9,7 @@ from collections import Counter
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
-from freezekit.audit.checkpoint.pickle_machine import MAX_PICKLE_BYTES
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.tensors import StoredBytes
 from freezekit.audit.checkpoint.zip_directory import Member, read_directory
 from freezekit.errors import CheckpointError
@@ -33,13 +33,22 @@ class Archive:
         stream: the same, open; it is moved about.
         start: where in the file the archive starts.
         length: its length in bytes; up to the file's end if not given.
+        limits: caps on what it may cost.
 
     Raises:
         CheckpointError: it is damaged or hostile.
     """
 
-    def __init__(self, file: SourceFile, stream: BinaryIO, start: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self,
+        file: SourceFile,
+        stream: BinaryIO,
+        start: int = 0,
+        length: int | None = None,
+        limits: Limits = Limits.DEFAULT,
+    ) -> None:
         self.file = file
+        self.limits = limits
         self.stream = stream
         self._start = start
         self._length = file.size - start if length is None else length
@@ -76,21 +85,22 @@ class Archive:
         crc = member.crc if member.crc or not member.size else None
         return StoredBytes(self.file, key, self._content(member), member.size, crc, swapped)
 
-    def read(self, name: str, limit: int = MAX_PICKLE_BYTES, *, unpack: bool = False) -> bytes:
+    def read(self, name: str, limit: int | None = None, *, unpack: bool = False) -> bytes:
         """Read a small member whole.
 
         Args:
             name: the member.
-            limit: how many bytes it may have.
+            limit: how many bytes it may have; as many as a pickle if not given.
             unpack: whether it may be compressed.
         """
         member = self._member(name)
         packed = unpack and member.method == _DEFLATED
         if not packed:
             _check_stored(member)
+        limit = self.limits.pickle_bytes if limit is None else limit
         if member.size > limit:
             got = f"{member.size} bytes, more than {limit}"
-            raise CheckpointError(f"its {printable(name)} is too long", got=got)
+            raise Limits.hit(f"its {printable(name)} is too long", got)
         data = self.file.pread(self._content(member), member.packed)
         if packed:
             data = self._unpack(data, member)
@@ -106,12 +116,13 @@ class Archive:
 
     def _content(self, member: Member) -> int:
         """Return where in the file a member's content starts."""
-        header = _LOCAL_HEADER.unpack(self._read(member.place, _LOCAL_HEADER.size))
-        magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
         raw = member.name.encode("utf-8", "surrogateescape")
+        read = self.file.pread(self._start + member.place, _LOCAL_HEADER.size + len(raw))
+        header = _LOCAL_HEADER.unpack_from(read)
+        magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
         same = magic == b"PK\x03\x04" and method == member.method and name_length == len(raw)
         start = member.place + _LOCAL_HEADER.size + name_length + extra_length
-        if not same or self._read(member.place + _LOCAL_HEADER.size, name_length) != raw:
+        if not same or read[_LOCAL_HEADER.size :] != raw:
             what = "damaged or hostile: a zip member's header does not say what the directory says"
             raise CheckpointError(what, got=printable(member.name), remedy=_DOWNLOAD)
         if start + member.packed > self._places[bisect_right(self._places, member.place)]:

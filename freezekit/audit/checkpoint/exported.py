@@ -17,8 +17,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import StorageRef, TensorRef, describe
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
-from freezekit.audit.checkpoint.roots import model_names
-from freezekit.audit.checkpoint.table import make_table
+from freezekit.audit.checkpoint.table import flat_table, make_table
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
 from freezekit.audit.state import Role, StateTable, TensorState, role_of
 from freezekit.errors import CheckpointError
@@ -56,12 +55,13 @@ def is_exported(archive: Archive) -> bool:
     )
 
 
-def read_exported(archive: Archive, open_pickle: Open) -> StateTable:
+def read_exported(archive: Archive, open_pickle: Open, root: str | None = None) -> StateTable:
     """Return the state of an exported program, as ``torch.export.load(FILE).state_dict`` has it.
 
     Args:
         archive: the zip.
         open_pickle: follows the pickle in a torch zip file.
+        root: which of several networks in it to read.
 
     Raises:
         CheckpointError: it is damaged or hostile, or has no state.
@@ -69,34 +69,34 @@ def read_exported(archive: Archive, open_pickle: Open) -> StateTable:
     names = archive.members
     for name in ("serialized_state_dict.pt", "serialized_state_dict.json"):
         if name in names:
-            return _whole(archive, name, open_pickle)
-    root = next(
+            return _whole(archive, name, open_pickle, root)
+    folder = next(
         (name.removesuffix("archive_format") for name in names if name.endswith("archive_format")), ""
     )
     models = [
-        name.removeprefix(f"{root}models/").removesuffix(".json")
+        name.removeprefix(f"{folder}models/").removesuffix(".json")
         for name in names
-        if name.startswith(f"{root}models/") and name.endswith(".json")
+        if name.startswith(f"{folder}models/") and name.endswith(".json")
     ]
     if models:
         # as torch.export.load does
         model = "model" if "model" in models else models[0]
         others = [printable(other, 40) for other in models if other != model]
         notes = (f"also holds: {', '.join(others[:5])}; read '{printable(model, 40)}'",) if others else ()
-        if (name := f"{root}{_WEIGHTS}{model}.pt") in names:
-            table = _whole(archive, name, open_pickle)
+        if (name := f"{folder}{_WEIGHTS}{model}.pt") in names:
+            table = _whole(archive, name, open_pickle, root)
             table.notes += notes
             return table
-        if (name := f"{root}{_WEIGHTS}{model}_weights_config.json") in names:
-            return _listed(archive, f"{root}{_WEIGHTS}", name, open_pickle, notes)
+        if (name := f"{folder}{_WEIGHTS}{model}_weights_config.json") in names:
+            return _listed(archive, f"{folder}{_WEIGHTS}", name, open_pickle, notes, root)
         raise CheckpointError("damaged: a .pt2 archive whose weights are missing", got=printable(name))
     config = next(
-        (n for n in names if n.startswith(f"{root}{_AOTI}") and n.endswith("/weights_config.json")), None
+        (n for n in names if n.startswith(f"{folder}{_AOTI}") and n.endswith("/weights_config.json")), None
     )
     if config is not None:
-        return _compiled(archive, f"{root}{_WEIGHTS}", config, open_pickle)
+        return _compiled(archive, f"{folder}{_WEIGHTS}", config, open_pickle, root)
     what = "a .pt2 archive without an exported program"
-    if any(name.startswith(f"{root}{_AOTI}") for name in names):
+    if any(name.startswith(f"{folder}{_AOTI}") for name in names):
         what = "a .pt2 archive of AOTInductor: its weights are inside the compiled code"
     raise CheckpointError(
         f"not supported: {what}",
@@ -104,7 +104,7 @@ def read_exported(archive: Archive, open_pickle: Open) -> StateTable:
     )
 
 
-def _whole(archive: Archive, name: str, open_pickle: Open) -> StateTable:
+def _whole(archive: Archive, name: str, open_pickle: Open, root: str | None) -> StateTable:
     """Read the whole state from a torch zip file."""
     stored = archive.locate(name, name)
     if stored.nbytes == 0:
@@ -113,27 +113,26 @@ def _whole(archive: Archive, name: str, open_pickle: Open) -> StateTable:
     pickled, find, late_notes = open_pickle(inner)
     if pickled.root == {}:
         raise _empty()
-    return make_table(archive.file, pickled, find, late_notes)
+    return make_table(archive.file, pickled, find, late_notes, root, archive.limits)
 
 
 def _inner(archive: Archive, stored: StoredBytes) -> Archive:
-    return Archive(archive.file, archive.stream, stored.offset, stored.nbytes)
+    return Archive(archive.file, archive.stream, stored.offset, stored.nbytes, archive.limits)
 
 
 def _listed(
-    archive: Archive, folder: str, config: str, open_pickle: Open, notes: tuple[str, ...]
+    archive: Archive, folder: str, config: str, open_pickle: Open, notes: tuple[str, ...], root: str | None
 ) -> StateTable:
     """Read the state from a list of tensors and the storages that it names."""
     entries = _READ.mapping(_parsed(archive, config).get("config"), "config")
     if not entries:
         raise _empty()
-    names, said = model_names(entries)
     files = _Storages(archive, folder)
     tensors = [
         _tensor(name, _READ.mapping(entry, printable(name)), files, open_pickle)
-        for name, entry in zip(names, entries.values(), strict=True)
+        for name, entry in entries.items()
     ]
-    return StateTable(tensors, archive.file.source, (*notes, *said))
+    return flat_table(archive.file, tensors, root, notes)
 
 
 class _Storages:
@@ -195,16 +194,15 @@ def _pickled(
     return make_tensor(name, ref, find, archive.file, _role(name, ref.dtype, is_parameter))
 
 
-def _compiled(archive: Archive, folder: str, config: str, open_pickle: Open) -> StateTable:
+def _compiled(archive: Archive, folder: str, config: str, open_pickle: Open, root: str | None) -> StateTable:
     """Read the weights beside compiled code: parts of tensors that are a torch zip file each."""
     entries = _parsed(archive, config)
     if not entries:
         raise _empty()
     files = _Storages(archive, folder)
     opened: dict[str, tuple[TensorRef, Find]] = {}
-    names, notes = model_names(entries)
     tensors = []
-    for name, entry in zip(names, entries.values(), strict=True):
+    for name, entry in entries.items():
         parts = _READ.entries(entry, printable(name))
         if len(parts) != 4:
             _READ.refuse(f"{printable(name)} has a file, a shape, a stride and an offset", None)
@@ -217,7 +215,7 @@ def _compiled(archive: Archive, folder: str, config: str, open_pickle: Open) -> 
         ref, find = opened[path]
         ref = replace(ref, shape=parts[1], stride=parts[2], offset=parts[3], is_parameter=False)
         tensors.append(make_tensor(name, ref, find, archive.file, None))
-    return StateTable(tensors, archive.file.source, tuple(notes))
+    return flat_table(archive.file, tensors, root)
 
 
 def _parsed(archive: Archive, name: str) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from typing import Any
 from freezekit.audit.checkpoint.archive import MAX_UNPACKED_BYTES, Archive
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef, describe
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
-from freezekit.audit.checkpoint.roots import MAX_KEYS, State, model_names, too_many_keys
+from freezekit.audit.checkpoint.roots import State, too_many_keys
+from freezekit.audit.checkpoint.table import flat_table
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
 from freezekit.audit.state import StateTable, role_of
 from freezekit.errors import CheckpointError
@@ -41,29 +43,33 @@ def is_scripted(archive: Archive, root: str) -> bool:
 
 
 def read_scripted(
-    archive: Archive, root: str, pickled: Unpickled, find: Callable[[StorageRef], StoredBytes]
+    archive: Archive,
+    folder: str,
+    pickled: Unpickled,
+    find: Callable[[StorageRef], StoredBytes],
+    root: str | None = None,
 ) -> StateTable:
     """Return the state of a scripted or traced module, as ``torch.jit.load(FILE).state_dict()`` has it.
 
     Args:
         archive: the zip.
-        root: what comes before its ``data.pkl``.
+        folder: what comes before its ``data.pkl``.
         pickled: the inert module.
         find: finds a storage's bytes.
+        root: which of several networks in it to read.
 
     Raises:
         CheckpointError: it is damaged or hostile, or has no state.
     """
-    classes = _Classes(archive, root)
-    state = _state(pickled.root, classes)
+    classes = _Classes(archive, folder)
+    state = _state(pickled.root, classes, archive.limits)
     if not state.tensors:
-        raise _without_state(archive, root)
-    names, notes = model_names(state.tensors)
+        raise _without_state(archive, folder)
     tensors = [
-        make_tensor(name, ref, find, archive.file, state.roles.get(original))
-        for name, (original, ref) in zip(names, state.tensors.items(), strict=True)
+        make_tensor(name, ref, find, archive.file, state.roles.get(name))
+        for name, ref in state.tensors.items()
     ]
-    return StateTable(tensors, archive.file.source, (*notes, *classes.notes()))
+    return flat_table(archive.file, tensors, root, classes.notes())
 
 
 class _Classes:
@@ -112,7 +118,7 @@ def _names(listed: str) -> frozenset[str]:
     return frozenset(_NAME.findall(listed))
 
 
-def _state(module: object, classes: _Classes) -> State:
+def _state(module: object, classes: _Classes, limits: Limits) -> State:
     state = State()
     waiting: list[tuple[Any, str]] = [(module, "")]
     visits = 0
@@ -131,8 +137,8 @@ def _state(module: object, classes: _Classes) -> State:
         own = classes.of(value.made_by)
         if own is not None:
             waiting += reversed(_take(value.state, own, prefix, state, classes.without_code))
-        if len(state.tensors) > MAX_KEYS:
-            raise too_many_keys(len(state.tensors))
+        if len(state.tensors) > limits.keys:
+            raise too_many_keys(len(state.tensors), limits)
     return state
 
 
