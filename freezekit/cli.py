@@ -188,6 +188,9 @@ def demo(keep: str | None) -> None:
     "--manifest", metavar="FILE", help="What was frozen: a manifest's file, or a checkpoint that holds one."
 )
 @click.option(
+    "--root", metavar="KEY", help="Which state to restore where DRIFTED holds several: ema, teacher."
+)
+@click.option(
     "-o",
     "--output",
     "out",
@@ -195,7 +198,9 @@ def demo(keep: str | None) -> None:
     required=True,
     help="The repaired copy, which must not be there yet.",
 )
-def restore(drifted: str, base: str, frozen: tuple[str, ...], manifest: str | None, out: str) -> None:
+def restore(
+    drifted: str, base: str, frozen: tuple[str, ...], manifest: str | None, root: str | None, out: str
+) -> None:
     """Write a copy of a checkpoint with what was frozen put back.
 
     OUT is DRIFTED with the frozen tensors (running statistics, counters, and whatever else moved) as they are
@@ -215,4 +220,4 @@ def restore(drifted: str, base: str, frozen: tuple[str, ...], manifest: str | No
     """  # noqa: D301  # as above
     from freezekit.audit.restoring import restore_checkpoint
 
-    _emit(str(restore_checkpoint(drifted, base, out, frozen=frozen or None, manifest=manifest)))
+    _emit(str(restore_checkpoint(drifted, base, out, frozen=frozen or None, manifest=manifest, root=root)))

@@ -60,6 +60,7 @@ def restore_checkpoint(
     out: str | os.PathLike[str],
     frozen: str | Iterable[str] | None = None,
     manifest: Manifest | str | os.PathLike[str] | None = None,
+    root: str | None = None,
 ) -> RestoreReport:
     """Write a copy of a checkpoint in which every frozen tensor has the base's bits, without torch.
 
@@ -76,6 +77,8 @@ def restore_checkpoint(
         out: the file to write; it must not be there yet.
         frozen: names or globs of the frozen layers and tensors.
         manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
+        root: which of the states in the file to restore, where it holds several (``"ema"``); without it, the
+            model's own.
 
     Returns:
         What was restored.
@@ -107,10 +110,11 @@ def restore_checkpoint(
     with guarded(printable(source, 1000)):
         file = SourceFile.at(source)  # from here on it must not change
     read_base = read_checkpoint(base)
-    aligned = align(read_checkpoint(source), read_base)
+    aligned = align(read_checkpoint(source, root), read_base)
     names, scope, notes = _frozen(aligned, frozen, manifest)
     table, origin = aligned.table, aligned.base
     plan = _Plan(table, origin, names, file)
+    plan.look_beside(source, read_base)
     layers, findings, changed = drift.compare(plan.due, table, plan.names)
     before = DriftReport(
         source=table.source,
@@ -124,7 +128,7 @@ def restore_checkpoint(
     )
     with whole(target, "restored checkpoint") as partial:
         _write(plan, file, partial)
-        fresh = align(read_checkpoint(partial), read_base).table
+        fresh = align(read_checkpoint(partial, root), read_base).table
         plan.verify(fresh)
         left = drift.compare(origin, fresh, plan.names)[1]
         _check_target(target, source, os.fsdecode(base))  # it took a while
@@ -149,6 +153,7 @@ class _Plan:
         self.table = table
         self.names = [name for name in dict.fromkeys([*origin, *table]) if name in frozen]
         self.moved: list[str] = []
+        self._others: list[tuple[str, TensorState]] = []
         self.notes: list[str] = []
         due = dict(origin)
         if _SHARD.search(os.path.basename(file.path)):
@@ -183,6 +188,28 @@ class _Plan:
                 f"the file has {dtype}: {_count(rounded[dtype], 'tensor')} of the base were cast to it"
             )
 
+    def look_beside(self, source: str, base: StateTable) -> None:
+        """Look at the other states in the file: their tensors must stay, and what drifted there is noted."""
+        places = {_place(_reader(self.table[name])) for name in self.moved}
+        for root in self.table.roots:
+            if root.path == self.table.root:
+                continue
+            other = read_checkpoint(source, root.path)
+            inside = [t for t in other.values() if isinstance(t.read, ValueReader)]
+            apart = [t for t in inside if _place(_reader(t)) not in places]
+            self._others += [(f"{root.path}: {t.name}", t) for t in apart]
+            with contextlib.suppress(FreezekitError):  # another kind of model has no name in common
+                other = align(other.with_tensors(apart), base).table
+                left = [name for name in self.moved if name in other and not self._is_due(name, other[name])]
+                if left:
+                    self.notes.append(
+                        f"'{printable(root.path)}' in the file has {_count(len(left), 'tensor')} of the same "
+                        "names that differ from the base, and stays as it is; --root restores it"
+                    )
+
+    def _is_due(self, name: str, tensor: TensorState) -> bool:
+        return tensor.unsupported is not None or drift.same_bits(self.due[name], tensor)
+
     def regions(self) -> Iterator[Region]:
         """Yield the parts of the file that change, one at a time, since they may be big.
 
@@ -192,18 +219,18 @@ class _Plan:
         moved: dict[tuple[int, int], list[str]] = {}
         for name in self.moved:
             moved.setdefault(_storage(_reader(self.table[name])), []).append(name)
-        beside: dict[tuple[int, int], list[str]] = {storage: [] for storage in moved}
-        for name, tensor in self.table.items():
+        beside: dict[tuple[int, int], list[tuple[str, TensorState]]] = {storage: [] for storage in moved}
+        for name, tensor in [*self.table.items(), *self._others]:
             if isinstance(tensor.read, ValueReader) and (storage := _storage(tensor.read)) in moved:
-                beside[storage].append(name)
+                beside[storage].append((name, tensor))
         for storage, names in moved.items():
             region = Region([_reader(self.table[name]) for name in names])
             for name in names:
                 region.put(_reader(self.table[name]), self.due[name].read())
-            for name in beside[storage]:
-                reader, tensor = _reader(self.table[name]), (self.due if name in names else self.table)[name]
-                if region.meets(reader) and region.values(reader) != tensor.read():
-                    raise self._conflict(name, names)
+            for name, tensor in beside[storage]:
+                reader, value = _reader(tensor), (self.due[name] if name in names else tensor).read
+                if region.meets(reader) and region.values(reader) != value():
+                    raise self._conflict(name, reader, names)
             yield region
 
     def verify(self, fresh: StateTable) -> None:
@@ -221,9 +248,8 @@ class _Plan:
                 remedy="check the disk; the copy was removed",
             )
 
-    def _conflict(self, name: str, moved: list[str]) -> FreezekitError:
+    def _conflict(self, name: str, reader: ValueReader, moved: list[str]) -> FreezekitError:
         """Say which tensors cannot both have the values that they should."""
-        reader = _reader(self.table[name])
         others = (other for other in moved if other != name and _overlap(_reader(self.table[other]), reader))
         pair = (
             f"{printable(other)} and {printable(name)}" if (other := next(others, None)) else printable(name)
@@ -358,6 +384,10 @@ def _reader(tensor: TensorState) -> ValueReader:
 
 def _storage(reader: ValueReader) -> tuple[int, int]:
     return reader.stored.offset, reader.stored.nbytes
+
+
+def _place(reader: ValueReader) -> tuple[object, ...]:
+    return reader.stored.offset, reader.start, reader.shape, reader.stride, reader.dtype
 
 
 def _overlap(one: ValueReader, other: ValueReader) -> bool:

@@ -730,6 +730,40 @@ def test_an_archive_in_an_archive(tmp_path: Path) -> None:
     assert same(torch.load(tmp_path / "new")["bn1.running_mean"], base.state_dict()["bn1.running_mean"])
 
 
+@pytest.mark.parametrize("saver", [save_zip, save_legacy])
+def test_one_of_several_states(tmp_path: Path, saver: Callable[[object, Path], None]) -> None:
+    base, model, _ = fine_tuned()
+    ema = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save(base.state_dict(), tmp_path / "base")
+    saver({"model": model.state_dict(), "ema": ema}, tmp_path / "drifted")
+    for root, other in (("model", "ema"), ("ema", "model")):
+        out = tmp_path / root
+        report = restore_checkpoint(tmp_path / "drifted", tmp_path / "base", out, root=root)
+        assert len(report.restored) == 6
+        note = f"'{other}' in the file has 6 tensors of the same names that differ from the base, and stays"
+        assert any(note in line for line in report.notes), report.notes
+        states = torch.load(out)
+        for name, tensor in model.state_dict().items():
+            assert same(states[root][name], (model if name.startswith("fc") else base).state_dict()[name])
+            assert same(states[other][name], tensor)
+    # the same memory under two names is restored in both
+    saver({"model": model.state_dict(), "ema": model.state_dict()}, tmp_path / "shared")
+    report = restore_checkpoint(tmp_path / "shared", tmp_path / "base", tmp_path / "both")
+    assert not any("same names" in line for line in report.notes)
+    both = torch.load(tmp_path / "both")
+    assert same(both["ema"]["bn1.running_mean"], base.state_dict()["bn1.running_mean"])
+    assert same(both["model"]["bn1.running_mean"], base.state_dict()["bn1.running_mean"])
+
+
+def test_memory_shared_with_another_state(tmp_path: Path) -> None:
+    base, model, _ = fine_tuned()
+    part = {"bn.running_mean": model.bn1.running_mean[:3], "bn.running_var": torch.rand(3)}
+    torch.save(base.state_dict(), tmp_path / "base")
+    torch.save({"model": model.state_dict(), "ema": part}, tmp_path / "drifted")
+    with pytest.raises(FreezekitError, match=r"\(got bn1.running_mean and ema: bn.running_mean\)"):
+        restore_checkpoint(tmp_path / "drifted", tmp_path / "base", tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_torchscript_and_exported_programs(tmp_path: Path) -> None:
     base, model, _ = fine_tuned()
