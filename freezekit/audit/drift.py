@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from freezekit.audit.bits import difference, same_bits
 from freezekit.audit.findings import CAUSES, Finding, LayerDrift
 from freezekit.audit.health import gone_bad
 from freezekit.audit.state import STATS, StateTable, TensorState, counter_value, joined
 
-__all__ = ["compare", "compare_structure", "describe_layer", "same_bits"]
+__all__ = ["compare", "compare_structure", "describe_layer"]
 
 Vector = npt.NDArray[np.float64]
 
@@ -26,37 +26,6 @@ _FIXES = {
     "mode too, that is in its own forward",
     "FK105": "compare checkpoints of the same model in the same dtype, and do not replace frozen layers",
 }
-
-
-def same_bits(before: TensorState, after: TensorState) -> bool:
-    """Tell whether two tensors hold the same bits, so that NaN equals NaN and 0.0 differs from -0.0.
-
-    A counter counts as the same by value: some files keep ``num_batches_tracked`` as a float.
-    Where only a digest is known of ``before``, the bits of ``after`` are compared with that.
-    """
-    if before.shape != after.shape:
-        return False
-    if before.sha256 is not None:
-        return _same_digest(before, after)
-    if before.dtype != after.dtype:
-        is_counter = before.role == after.role == "num_batches_tracked"
-        return is_counter and counter_value(before) == counter_value(after)
-    if before.unsupported != after.unsupported:
-        return False
-    return before.read() == after.read()
-
-
-def _same_digest(before: TensorState, after: TensorState) -> bool:
-    if after.unsupported is not None:
-        return False
-    if before.dtype == after.dtype:
-        raw = after.read()
-    else:  # torch counts in int64
-        count = counter_value(after)
-        if before.role != "num_batches_tracked" or before.dtype != "int64" or count is None:
-            return False
-        raw = (count % 2**64).to_bytes(8, "little")
-    return hashlib.sha256(raw).hexdigest() == before.sha256
 
 
 def compare(
@@ -178,12 +147,9 @@ def _compare_tensor(name: str, before: TensorState | None, after: TensorState | 
         return _finding(code, name, f"{what} is not what was frozen{why}")
     if before.unsupported or after.unsupported:
         return _finding(code, name, f"{what} changed ({after.unsupported or before.unsupported})")
-    bits = [np.frombuffer(t.read(), np.uint8).reshape(t.numel, -1) for t in (before, after)]
-    differs = (bits[0] != bits[1]).any(axis=1)
-    with np.errstate(invalid="ignore", over="ignore"):
-        size = np.abs(after.values() - before.values()).ravel()[differs].max()
+    count, size = difference(before, after)
     by = f" by up to {size:.3g}" if 0 < size < np.inf else ""
-    return _finding(code, name, f"{what} changed: {int(differs.sum()):,} of {before.numel:,} values{by}")
+    return _finding(code, name, f"{what} changed: {count:,} of {before.numel:,} values{by}")
 
 
 def compare_structure(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:

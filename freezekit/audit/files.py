@@ -107,7 +107,7 @@ def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | 
         notes += (
             f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
         )
-    names, scope, said = frozen_names(table, base, frozen, given=aligned.given)
+    names, scope, said = frozen_names(table, base, frozen, given=aligned.given, outside=aligned.outside)
     notes += said
     # Files from before torch 0.4.1 have no counters, and some tools strip them: that moves nothing.
     counters = {n for t in (base, table) for n in t if t[n].role == "num_batches_tracked"}
@@ -124,7 +124,7 @@ def _against(table: StateTable, base: StateTable, frozen: str | Iterable[str] | 
         tuple(changed),
         tuple(compared),
         tuple(findings),
-        (*notes, *differing(base, table, names | absent)),
+        (*notes, *differing(base, table, names | absent | aligned.outside)),
     )
 
 

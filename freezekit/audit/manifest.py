@@ -8,6 +8,7 @@ from typing import cast
 
 from freezekit.audit import drift
 from freezekit.audit.aligning import named_as_in
+from freezekit.audit.bits import same_bits
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable, sniff
 from freezekit.audit.findings import Finding, LayerDrift
@@ -178,7 +179,7 @@ def _with_values(known: StateTable, base: StateTable) -> tuple[StateTable, list[
 def _alike(tensor: TensorState, there: TensorState) -> bool:
     if tensor.sha256 is None:
         return drift.compare_structure(tensor.name, tensor, there) is None
-    return drift.same_bits(tensor, there)
+    return same_bits(tensor, there)
 
 
 def _blind(tensor: TensorState) -> bool:

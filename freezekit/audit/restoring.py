@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from freezekit.audit import drift
 from freezekit.audit import manifest as manifests
 from freezekit.audit.aligning import Aligned, align
+from freezekit.audit.bits import same_bits
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.patching import Copy, Region, copy_bytes
@@ -208,7 +209,7 @@ class _Plan:
                     )
 
     def _is_due(self, name: str, tensor: TensorState) -> bool:
-        return tensor.unsupported is not None or drift.same_bits(self.due[name], tensor)
+        return tensor.unsupported is not None or same_bits(self.due[name], tensor)
 
     def regions(self) -> Iterator[Region]:
         """Yield the parts of the file that change, one at a time, since they may be big.
@@ -325,12 +326,14 @@ def _frozen(
         )
     if manifest is not None and not isinstance(manifest, Manifest):
         manifest = manifests.load_manifest(manifest)
-    names, scope, said = frozen_names(table, base, frozen, manifest, given=aligned.given)
+    names, scope, said = frozen_names(
+        table, base, frozen, manifest, given=aligned.given, outside=aligned.outside
+    )
     own = manifest or (manifests.manifest_of(table) if frozen is None else None)
     if own is not None and own.tensors:
         known, _ = manifests.known_in(own, scope, table)
         # where there is no digest, or no such tensor, that is for the plan to say
-        wrong = [n for n in base if n in names and known[n].sha256 and not drift.same_bits(known[n], base[n])]
+        wrong = [n for n in base if n in names and known[n].sha256 and not same_bits(known[n], base[n])]
         if wrong:
             raise FreezekitError(
                 "the base is not what was frozen, by the manifest",

@@ -23,6 +23,7 @@ __all__ = [
     "TensorState",
     "Training",
     "counter_value",
+    "decode",
     "joined",
     "role_of",
 ]
@@ -71,18 +72,26 @@ class TensorState:
 
     def values(self) -> npt.NDArray[np.float64]:
         """Return the values as float64 (the real part of complex ones), in the tensor's shape."""
-        raw = self.read()
-        array: npt.NDArray[Any]
-        if self.dtype == "bfloat16":
-            array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        elif self.dtype == "float8_e5m2":  # the upper byte of a float16
-            array = (np.frombuffer(raw, "u1").astype("<u2") << 8).view("<f2")
-        elif self.dtype == "float8_e4m3fn":
-            array = _E4M3FN[np.frombuffer(raw, "u1")]
-        else:
-            array = np.frombuffer(raw, np.dtype(self.dtype).newbyteorder("<"))
-        with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
-            return np.asarray(array.real, dtype=np.float64).reshape(self.shape)
+        return decode(self.read(), self.dtype).reshape(self.shape)
+
+
+def decode(raw: bytes, dtype: str) -> npt.NDArray[np.float64]:
+    """Return values that lie one after the other as float64: of complex ones the real part.
+
+    >>> decode(bytes([0x80, 0x3F, 0, 0]), "bfloat16")
+    array([1., 0.])
+    """
+    array: npt.NDArray[Any]
+    if dtype == "bfloat16":
+        array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    elif dtype == "float8_e5m2":  # the upper byte of a float16
+        array = (np.frombuffer(raw, "u1").astype("<u2") << 8).view("<f2")
+    elif dtype == "float8_e4m3fn":
+        array = _E4M3FN[np.frombuffer(raw, "u1")]
+    else:
+        array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))
+    with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
+        return np.asarray(array.real, dtype=np.float64)
 
 
 def _e4m3fn() -> npt.NDArray[np.float64]:

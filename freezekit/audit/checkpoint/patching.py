@@ -21,7 +21,7 @@ import numpy as np
 
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, printable, sniff
-from freezekit.audit.checkpoint.tensors import StoredBytes, ValueReader, swapped
+from freezekit.audit.checkpoint.tensors import StoredBytes, ValueReader
 from freezekit.errors import CheckpointError
 
 __all__ = ["Copy", "Region", "copy_bytes"]
@@ -64,9 +64,8 @@ class Region:
             values: as its reader would return them.
         """
         place = slice(reader.start - self.start, reader.start - self.start + reader.length)
-        if self.stored.swapped:
-            values = swapped(values, reader)
-        if reader.dense:
+        values = reader.little(values)
+        if reader.contiguous:
             self.new[place] = values
             return
         kind = f"V{reader.itemsize}"

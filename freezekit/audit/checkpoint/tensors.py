@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NoReturn
@@ -25,7 +25,6 @@ __all__ = [
     "check_shape",
     "make_tensor",
     "sane_shape",
-    "swapped",
     "unreadable",
 ]
 
@@ -66,15 +65,31 @@ class StoredBytes:
         if self.crc is None or self._checked or not worth_it:
             return self.file.pread(self.offset + start, length)
         whole = self.file.pread(self.offset, self.nbytes)
-        if zlib.crc32(whole) != self.crc:
+        self._check(zlib.crc32(whole), tensor)
+        return whole if length == self.nbytes else whole[start : start + length]
+
+    def pieces(self, start: int, length: int, tensor: str, size: int) -> Iterator[bytes]:
+        """As :meth:`read`, a piece at a time; the checksum is known only at the end."""
+        if length <= size:
+            yield self.read(start, length, tensor)
+            return
+        crc = 0
+        for place in range(start, start + length, size):
+            piece = self.file.pread(self.offset + place, min(size, start + length - place))
+            crc = zlib.crc32(piece, crc)
+            yield piece
+        if length == self.nbytes:
+            self._check(crc, tensor)
+
+    def _check(self, crc: int, tensor: str) -> None:
+        if self.crc is not None and crc != self.crc:
             whose = f"storage {printable(self.key)} (tensor {printable(tensor)})"
             raise CheckpointError(
                 f"damaged: checksum of {whose} does not match",
-                got=f"{zlib.crc32(whole):08x} instead of {self.crc:08x}",
+                got=f"{crc:08x} instead of {self.crc:08x}",
                 remedy="download or copy the file again",
             )
         self._checked = True
-        return whole if length == self.nbytes else whole[start : start + length]
 
 
 def make_tensor(
@@ -187,17 +202,8 @@ class ValueReader:
 
     def unpack(self, raw: bytes) -> bytes:
         """Return the values that lie in the storage's ``length`` bytes from ``start`` on."""
-        if self.stored.swapped:
-            raw = swapped(raw, self)
-        if self.dense:
-            return raw
-        return self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
-
-    @property
-    def dense(self) -> bool:
-        """Whether the elements follow each other in the storage as they do in the values."""
-        dims = self._dims()
-        return all(step == prod(size for size, _ in dims[i + 1 :]) for i, (_, step) in enumerate(dims))
+        raw = self.little(raw)
+        return raw if self.contiguous else self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
 
     def view(self, elements: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Return the tensor's elements among those of its part of the storage; writable if they are."""
@@ -206,16 +212,54 @@ class ValueReader:
             elements, [size for size, _ in dims], [step * self.itemsize for _, step in dims]
         )
 
+    def pieces(self, size: int, *, as_stored: bool = False) -> Iterator[bytes]:
+        """Read them a piece at a time.
+
+        Args:
+            size: bytes of a piece, a multiple of 16.
+            as_stored: in the order in which they lie in the storage, for a tensor that has no gaps there.
+        """
+        if self.length == 0:
+            yield b""
+        elif as_stored or self.contiguous:
+            with guarded(self.stored.file.shown):
+                for piece in self.stored.pieces(self.start, self.length, self.name, size):
+                    yield self.little(piece)
+        else:
+            raw = self()
+            yield from (raw[place : place + size] for place in range(0, len(raw), size))
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether its elements lie in the storage in their order, without gaps."""
+        return _packed(self._dims())
+
+    @property
+    def dense(self) -> bool:
+        """Whether its elements lie in the storage without gaps, in whatever order."""
+        return _packed(sorted(self._dims(), key=lambda dim: -dim[1]))
+
+    @property
+    def checksum(self) -> int | None:
+        """The CRC-32 of the values, where the file has it: of a tensor that fills its storage."""
+        fills = self.length == self.stored.nbytes and self.contiguous and not self.stored.swapped
+        return self.stored.crc if fills else None
+
     def _dims(self) -> list[tuple[int, int]]:
         # dimensions of one element step nowhere, whatever their stride says
         return [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
 
+    def little(self, raw: bytes) -> bytes:
+        """Turn big-endian elements about, either way."""
+        if not self.stored.swapped:
+            return raw
+        part = self.itemsize // 2 if self.dtype.startswith("complex") else self.itemsize
+        turned: bytes = np.frombuffer(raw, f"V{part}").view(f"u{part}").byteswap().tobytes()
+        return turned
 
-def swapped(raw: bytes, reader: ValueReader) -> bytes:
-    """Return elements in the other byte order; that of a complex number is of its two parts."""
-    part = reader.itemsize // 2 if reader.dtype.startswith("complex") else reader.itemsize
-    turned: bytes = np.frombuffer(raw, f"u{part}").byteswap().tobytes()
-    return turned
+
+def _packed(dims: list[tuple[int, int]]) -> bool:
+    return all(step == prod(size for size, _ in dims[i + 1 :]) for i, (_, step) in enumerate(dims))
 
 
 def _ints(name: str, what: str, values: object) -> tuple[int, ...]:
