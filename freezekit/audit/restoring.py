@@ -201,15 +201,13 @@ class _Plan:
             self._others += [(f"{root.path}: {t.name}", t) for t in apart]
             with contextlib.suppress(FreezekitError):  # another kind of model has no name in common
                 other = align(other.with_tensors(apart), base).table
-                left = [name for name in self.moved if name in other and not self._is_due(name, other[name])]
+                here = [n for n in self.moved if n in other and other[n].unsupported is None]
+                left = [n for n in here if not same_bits(self.due[n], other[n])]
                 if left:
                     self.notes.append(
                         f"'{printable(root.path)}' in the file has {_count(len(left), 'tensor')} of the same "
                         "names that differ from the base, and stays as it is; --root restores it"
                     )
-
-    def _is_due(self, name: str, tensor: TensorState) -> bool:
-        return tensor.unsupported is not None or same_bits(self.due[name], tensor)
 
     def regions(self) -> Iterator[Region]:
         """Yield the parts of the file that change, one at a time, since they may be big.
