@@ -18,6 +18,7 @@ _HOME = {
     "Finding": "freezekit.audit.findings",
     "Freeze": "freezekit.freezing.handle",
     "Manifest": "freezekit.manifest",
+    "RestoreReport": "freezekit.audit.restoring",
     "Selection": "freezekit.freezing.selection",
     "UnfreezeSchedule": "freezekit.freezing.schedule",
     "audit_checkpoint": "freezekit.audit.files",
@@ -30,6 +31,7 @@ _HOME = {
     "is_frozen": "freezekit.freezing.handle",
     "layer_groups": "freezekit.freezing.layers",
     "parameter_groups": "freezekit.freezing.layers",
+    "restore_checkpoint": "freezekit.audit.restoring",
     "trainable_parameters": "freezekit.freezing.handle",
     "unfreeze": "freezekit.freezing.release",
     "update_bn": "freezekit.freezing.averaging",
@@ -54,6 +56,7 @@ __all__ = [
     "FreezekitError",
     "Manifest",
     "OptimizerWarning",
+    "RestoreReport",
     "Selection",
     "SelectionError",
     "UnfreezeSchedule",
@@ -68,6 +71,7 @@ __all__ = [
     "layer_groups",
     "nn",
     "parameter_groups",
+    "restore_checkpoint",
     "trainable_parameters",
     "unfreeze",
     "update_bn",
@@ -79,6 +83,7 @@ if TYPE_CHECKING:
     from freezekit.audit.findings import DriftReport, Finding
     from freezekit.audit.live.monitor import DriftAuditor
     from freezekit.audit.live.risks import check
+    from freezekit.audit.restoring import RestoreReport, restore_checkpoint
     from freezekit.errors import (
         CheckpointError,
         DriftError,

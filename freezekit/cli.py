@@ -226,3 +226,54 @@ def demo(keep: str | None) -> None:
     from freezekit.demo import run
 
     run(keep)
+
+
+@main.command()
+@click.argument("drifted", metavar="DRIFTED")
+@click.option(
+    "--from", "base", metavar="BASE", required=True, help="The checkpoint that training started from."
+)
+@click.option(
+    "--frozen",
+    metavar="GLOB",
+    multiple=True,
+    help="What to put back: a layer, a tensor or a glob; repeatable. Without it, what freezekit audit "
+    "DRIFTED --against BASE takes for frozen.",
+)
+@click.option(
+    "--manifest", metavar="FILE", help="What was frozen: a manifest's file, or a checkpoint that holds one."
+)
+@click.option(
+    "--root", metavar="KEY", help="Which state to restore where DRIFTED holds several: ema, teacher."
+)
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="OUT",
+    required=True,
+    help="The repaired copy, which must not be there yet.",
+)
+def restore(
+    drifted: str, base: str, frozen: tuple[str, ...], manifest: str | None, root: str | None, out: str
+) -> None:
+    """Write a copy of a checkpoint with what was frozen put back.
+
+    OUT is DRIFTED with the frozen tensors (running statistics, counters, and whatever else moved) as they are
+    in BASE, bit for bit; all else in the file stays as it is: trained layers, optimizer, settings. DRIFTED is
+    one file: .pt, .pth or .ckpt (zip or legacy) or .safetensors. OUT is written beside its place, read again,
+    compared, and only then named; DRIFTED and BASE are never written to. Needs no torch, and executes nothing
+    in the files.
+
+    Exit codes: 0 written, 2 wrong usage or something frozen cannot be put back, 3 unreadable, unsupported or
+    hostile file. Unless it is 0, nothing was written.
+
+    \b
+    Examples:
+      freezekit restore finetuned.pth --from pretrained.pth -o repaired.pth
+      freezekit restore finetuned.pth --from pretrained.pth --frozen 'features.*' -o repaired.pth
+      freezekit restore last.ckpt --from pretrained.pth --manifest frozen.json -o repaired.ckpt
+    """  # noqa: D301  # as above
+    from freezekit.audit.restoring import restore_checkpoint
+
+    _emit(str(restore_checkpoint(drifted, base, out, frozen=frozen or None, manifest=manifest, root=root)))

@@ -36,10 +36,10 @@ def files(folder: str) -> list[Path]:
 def test_public_names() -> None:
     assert freezekit.__all__ == [
         "AveragedModel", "CheckpointError", "DriftAuditor", "DriftError", "DriftReport", "DriftWarning",
-        "Finding", "Freeze", "FreezekitError", "Manifest", "OptimizerWarning", "Selection", "SelectionError",
-        "UnfreezeSchedule", "audit_checkpoint", "check", "convert_batchnorm", "find_backbone",
-        "freeze", "freeze_backbone", "freeze_to", "is_frozen", "layer_groups", "nn", "parameter_groups",
-        "trainable_parameters", "unfreeze", "update_bn",
+        "Finding", "Freeze", "FreezekitError", "Manifest", "OptimizerWarning", "RestoreReport", "Selection",
+        "SelectionError", "UnfreezeSchedule", "audit_checkpoint", "check", "convert_batchnorm",
+        "find_backbone", "freeze", "freeze_backbone", "freeze_to", "is_frozen", "layer_groups", "nn",
+        "parameter_groups", "restore_checkpoint", "trainable_parameters", "unfreeze", "update_bn",
     ]  # fmt: skip
     assert freezekit.nn.__all__ == [
         "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenAffine", "FrozenBatchNorm1d", "FrozenBatchNorm2d",

@@ -52,7 +52,7 @@ def test_console(tmp_path: Path) -> None:
         )  # fmt: skip
         assert gist(done.stdout) == gist(expected), command
         ran += 1
-    assert ran == 6
+    assert ran == 7
 
 
 def test_every_code_is_explained() -> None:

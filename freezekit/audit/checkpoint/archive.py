@@ -61,6 +61,7 @@ class Archive:
             double, _ = Counter(member.name for member in members).most_common(1)[0]
             raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
         in_order = sorted(members, key=lambda member: member.place)
+        self.directory = directory
         #: where each member starts, and the directory after the last one
         self._places = [*(member.place for member in in_order), directory]
         self._check_places(in_order)

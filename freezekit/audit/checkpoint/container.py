@@ -168,7 +168,7 @@ class SourceFile:
             self._check(_identity(os.fstat(self._descriptor)))
             self._check(_identity(os.stat(self.path)))  # the path may name something else by now
         if len(data) != length:
-            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+            raise self._changed()
         return data
 
     def close(self) -> None:
@@ -182,7 +182,11 @@ class SourceFile:
 
     def _check(self, identity: Identity) -> None:
         if identity != self.identity:
-            raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        remedy = "read it when nothing writes to it"
+        return CheckpointError("changed while reading", where=self.shown, remedy=remedy)
 
 
 _MAX_OPEN = 8

@@ -9,6 +9,7 @@ from math import prod
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.inert import StorageRef, TensorRef
@@ -16,7 +17,16 @@ from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
 from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "ValueReader", "make_tensor", "sane_shape", "unreadable"]
+__all__ = [
+    "MAX_NUMEL",
+    "MAX_RANK",
+    "StoredBytes",
+    "ValueReader",
+    "check_shape",
+    "make_tensor",
+    "sane_shape",
+    "unreadable",
+]
 
 MAX_RANK = 64
 MAX_NUMEL = 2**40
@@ -188,17 +198,19 @@ class ValueReader:
         with guarded(self.stored.file.shown):
             if self.length == 0:
                 return b""
-            raw = self._little(self.stored.read(self.start, self.length, self.name))
-            if self.contiguous:
-                return raw
-            dims = self._dims()
-            view = np.lib.stride_tricks.as_strided(
-                np.frombuffer(raw, f"V{self.itemsize}"),
-                [size for size, _ in dims],
-                [step * self.itemsize for _, step in dims],
-                writeable=False,
-            )
-            return view.tobytes()
+            return self.unpack(self.stored.read(self.start, self.length, self.name))
+
+    def unpack(self, raw: bytes) -> bytes:
+        """Return the values that lie in the storage's ``length`` bytes from ``start`` on."""
+        raw = self.little(raw)
+        return raw if self.contiguous else self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
+
+    def view(self, elements: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """Return the tensor's elements among those of its part of the storage; writable if they are."""
+        dims = self._dims()
+        return np.lib.stride_tricks.as_strided(
+            elements, [size for size, _ in dims], [step * self.itemsize for _, step in dims]
+        )
 
     def pieces(self, size: int, *, as_stored: bool = False) -> Iterator[bytes]:
         """Read them a piece at a time.
@@ -212,7 +224,7 @@ class ValueReader:
         elif as_stored or self.contiguous:
             with guarded(self.stored.file.shown):
                 for piece in self.stored.pieces(self.start, self.length, self.name, size):
-                    yield self._little(piece)
+                    yield self.little(piece)
         else:
             raw = self()
             yield from (raw[place : place + size] for place in range(0, len(raw), size))
@@ -237,7 +249,8 @@ class ValueReader:
         # dimensions of one element step nowhere, whatever their stride says
         return [(size, step) for size, step in zip(self.shape, self.stride, strict=True) if size != 1]
 
-    def _little(self, raw: bytes) -> bytes:
+    def little(self, raw: bytes) -> bytes:
+        """Turn big-endian elements about, either way."""
         if not self.stored.swapped:
             return raw
         part = self.itemsize // 2 if self.dtype.startswith("complex") else self.itemsize
