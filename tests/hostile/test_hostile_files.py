@@ -10,7 +10,8 @@ import tracemalloc
 import build_hostile as build
 import pytest
 
-from freezekit.audit.checkpoint import read_checkpoint, roots
+from freezekit.audit.checkpoint import read_checkpoint
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.errors import CheckpointError
 
 
@@ -92,11 +93,11 @@ def test_no_permission(tmp_path):
         read_checkpoint(path)
 
 
-def test_too_many_keys(tmp_path, monkeypatch):
-    monkeypatch.setattr(roots, "MAX_KEYS", 100)
+def test_too_many_keys(tmp_path):
     build.write_zip(tmp_path / "a", build.mapping(**{f"k{i}": build.tensor() for i in range(101)}))
-    with pytest.raises(CheckpointError, match=r"too many keys.*101"):
-        read_checkpoint(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"too many keys.*101, more than 100.*--no-limits reads it"):
+        read_checkpoint(tmp_path / "a", limits=Limits(keys=100))
+    assert len(read_checkpoint(tmp_path / "a", limits=Limits.NONE)) == 101
 
 
 @pytest.mark.parametrize(

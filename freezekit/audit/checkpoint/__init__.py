@@ -14,6 +14,7 @@ from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, prin
 from freezekit.audit.checkpoint.distributed import read_distributed
 from freezekit.audit.checkpoint.folders import checkpoints_in, found_in
 from freezekit.audit.checkpoint.inert import describe
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, PickleDamageError, unpickle
 from freezekit.audit.checkpoint.safetensors import read_safetensors
 from freezekit.audit.checkpoint.sharded import read_deepspeed, read_index
@@ -25,7 +26,9 @@ from freezekit.errors import CheckpointError
 __all__ = ["read_checkpoint"]
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
+def read_checkpoint(
+    path: str | os.PathLike[str], root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read the tensors of a ``.pt``, ``.pth`` or ``.safetensors`` file, whatever its name, or of a folder.
 
     Only the descriptions are read now. A tensor's values are read, and their checksum checked, when
@@ -34,53 +37,59 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
     Args:
         path: a file that ``torch.save`` of any version or safetensors wrote, an index of shards, or a folder
             that is one checkpoint: of Hugging Face's tools, torch.distributed.checkpoint or DeepSpeed.
+        root: which of the states in the file to read, as ``StateTable.roots`` names them: the keys that lead
+            there (``"ema.module"``, ``"nets.0"``), and after a colon the prefix of one of several networks in
+            one state dict (``"state_dict:teacher"``). Its last part will do if no other root ends so. Without
+            it, the model's own.
+        limits: caps on what a hostile file may cost; ``Limits.NONE`` lifts them.
 
     Returns:
         The model's state, with notes on what was found beside it.
 
     Raises:
         CheckpointError: the file is missing, damaged, unsupported or hostile; ``read()`` raises it too.
+        SelectionError: the file has no such root, or several.
     """
     source = os.fsdecode(path)
     with guarded(printable(source, 1000)):
         if os.path.isdir(source):
-            return _read_folder(source)
+            return _read_folder(source, root, limits)
         file = SourceFile.at(source)
         with file.open() as stream:
             kind = sniff(file, stream)
             if kind == "index":
-                return read_index(file, stream, _READERS)
-            return _READERS[kind](file, stream)
+                return read_index(file, stream, _READERS, root, limits)
+            return _READERS[kind](file, stream, root, limits)
 
 
-def _read_folder(source: str) -> StateTable:
+def _read_folder(source: str, root: str | None, limits: Limits) -> StateTable:
     """Read the checkpoint that a folder is, or the only one in it."""
     found = found_in(source)
     if found is None:
         inside = checkpoints_in(source)
         if len(inside) == 1:
-            return read_checkpoint(inside[0])
+            return read_checkpoint(inside[0], root, limits)
         raise CheckpointError(
             "a folder of several checkpoints, not one",
             got=f"{len(inside)}, from {printable(inside[0], 200)} to {printable(inside[-1], 200)}",
             remedy="give one of them; freezekit audit FOLDER takes them all, in the order of training",
         )
     if found.kind == "distributed":
-        return read_distributed(source, found.names)
+        return read_distributed(source, found.names, root, limits)
     if found.kind == "deepspeed":
-        return read_deepspeed(source, found.names, read_checkpoint)
-    table = read_checkpoint(os.path.join(source, found.names[0]))
+        return read_deepspeed(source, found.names, lambda path: read_checkpoint(path, root, limits))
+    table = read_checkpoint(os.path.join(source, found.names[0]), root, limits)
     if len(found.names) > 1:
         table.notes += (f"{printable(source, 200)} also holds {', '.join(map(printable, found.names[1:4]))}",)
     return table
 
 
-def _read_unknown(file: SourceFile, stream: BinaryIO) -> StateTable:
+def _read_unknown(file: SourceFile, stream: BinaryIO, root: str | None, limits: Limits) -> StateTable:
     """Refuse a file of no known format, after a look whether it is a pickle, and what that would run."""
     head = stream.read(8)
     stream.seek(0)
     try:
-        pickled = unpickle(LimitedReader(stream, file.size), plain=True)
+        pickled = unpickle(LimitedReader(stream, file.size), plain=True, limits=limits)
     except PickleDamageError as error:
         if head.startswith(b"\x80"):
             raise
@@ -96,7 +105,7 @@ def _read_unknown(file: SourceFile, stream: BinaryIO) -> StateTable:
     )
 
 
-_READERS: dict[Kind, Callable[[SourceFile, BinaryIO], StateTable]] = {
+_READERS: dict[Kind, Callable[[SourceFile, BinaryIO, str | None, Limits], StateTable]] = {
     "zip": read_zip,
     "legacy": read_legacy,
     "safetensors": read_safetensors,

@@ -1,23 +1,27 @@
-"""A zip archive in a file, or in a part of one: its members checked against each other, none unpacked."""
+"""A zip archive in a file, or in a part of one: its members checked against each other, few ever unpacked."""
 
 from __future__ import annotations
 
-import io
-import os
 import struct
-import zipfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
-from freezekit.audit.checkpoint.pickle_machine import MAX_PICKLE_BYTES
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.tensors import StoredBytes
+from freezekit.audit.checkpoint.zip_directory import Member, read_directory
 from freezekit.errors import CheckpointError
 
-__all__ = ["Archive"]
+__all__ = ["MAX_UNPACKED_BYTES", "Archive"]
+
+#: of all the members of one archive that were unpacked, together
+MAX_UNPACKED_BYTES = 32 * 2**20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_STORED, _DEFLATED = 0, 8
+_ENCRYPTED = 0x2041
 _DOWNLOAD = "download or copy the file again"
 
 
@@ -29,116 +33,146 @@ class Archive:
         stream: the same, open; it is moved about.
         start: where in the file the archive starts.
         length: its length in bytes; up to the file's end if not given.
+        limits: caps on what it may cost.
 
     Raises:
         CheckpointError: it is damaged or hostile.
     """
 
-    def __init__(self, file: SourceFile, stream: BinaryIO, start: int = 0, length: int | None = None) -> None:
+    def __init__(
+        self,
+        file: SourceFile,
+        stream: BinaryIO,
+        start: int = 0,
+        length: int | None = None,
+        limits: Limits = Limits.DEFAULT,
+    ) -> None:
         self.file = file
-        self._length = file.size - start if length is None else length
+        self.limits = limits
+        self.stream = stream
         self._start = start
-        self.stream = _Window(stream, start, self._length)
-        try:
-            with zipfile.ZipFile(self.stream) as archive:
-                members = archive.infolist()
-        except zipfile.BadZipFile as error:
-            what = "truncated or damaged: the zip archive's directory at its end cannot be read"
-            raise CheckpointError(what, got=printable(str(error)), remedy=_DOWNLOAD) from error
-        self.members = {member.filename: member for member in members}
-        if len(self.members) != len(members):
-            double, _ = Counter(member.filename for member in members).most_common(1)[0]
-            raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
-        self._check_places(sorted(members, key=lambda member: member.header_offset))
+        self._length = file.size - start if length is None else length
+        self._room = MAX_UNPACKED_BYTES
+        members, directory = read_directory(self._read, self._length)
         for member in members:
             _check_member(member)
+        self.members = {member.name: member for member in members}
+        if len(self.members) != len(members):
+            double, _ = Counter(member.name for member in members).most_common(1)[0]
+            raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
+        in_order = sorted(members, key=lambda member: member.place)
+        #: where each member starts, and the directory after the last one
+        self._places = [*(member.place for member in in_order), directory]
+        self._check_places(in_order)
 
-    def _check_places(self, members: list[zipfile.ZipInfo]) -> None:
-        ends = [member.header_offset for member in members[1:]] + [self._length]
-        # data in front of the archive would make two readers see two different files
-        if members and members[0].header_offset != 0:
+    def _read(self, offset: int, length: int) -> bytes:
+        self.stream.seek(self._start + offset)
+        return self.stream.read(max(0, min(length, self._length - offset)))
+
+    def _check_places(self, members: list[Member]) -> None:
+        if members and members[0].place != 0:
             raise CheckpointError("damaged or hostile: something comes before the zip archive's first member")
-        for member, end in zip(members, ends, strict=True):
-            if member.header_offset + _LOCAL_HEADER.size + member.compress_size > end:
-                what = "truncated or hostile: a zip member lies beyond the file's end or over the next member"
-                raise CheckpointError(what, got=printable(member.filename), remedy=_DOWNLOAD)
+        for member, end in zip(members, self._places[1:], strict=True):
+            if member.place + _LOCAL_HEADER.size + member.packed > end:
+                raise _misplaced(member.name)
 
     def locate(self, name: str, key: str, *, swapped: bool = False) -> StoredBytes:
         """Find a member's bytes by its local header, which is where they really are."""
-        member = self.members.get(name)
-        if member is None:
-            raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
+        member = self._member(name)
         _check_stored(member)
-        self.stream.seek(member.header_offset)
-        header = self.stream.read(_LOCAL_HEADER.size)
-        magic, _, flags, method, *_, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        start = member.header_offset + _LOCAL_HEADER.size
-        encoded = member.orig_filename.encode("utf-8" if flags & 0x800 else "cp437", "surrogateescape")
-        same = magic == b"PK\x03\x04" and method == member.compress_type and name_length == len(encoded)
-        if not same or self.stream.read(name_length) != encoded:
-            what = "damaged or hostile: a zip member's header does not say what the directory says"
-            raise CheckpointError(what, got=printable(name), remedy=_DOWNLOAD)
         # 0 is what torch writes where it was told to compute no checksum
-        crc = member.CRC if member.CRC or not member.file_size else None
-        place = self._start + start + name_length + extra_length
-        return StoredBytes(self.file, key, place, member.file_size, crc, swapped)
+        crc = member.crc if member.crc or not member.size else None
+        return StoredBytes(self.file, key, self._content(member), member.size, crc, swapped)
 
-    def read(self, name: str) -> bytes:
-        """Read a small member whole."""
-        stored = self.locate(name, name)
-        if stored.nbytes > MAX_PICKLE_BYTES:
-            got = f"{stored.nbytes} bytes, more than {MAX_PICKLE_BYTES}"
-            raise CheckpointError(f"its {printable(name)} is too long", got=got)
-        data = self.file.pread(stored.offset, stored.nbytes)
-        if stored.crc is not None and zlib.crc32(data) != stored.crc:
+    def read(self, name: str, limit: int | None = None, *, unpack: bool = False) -> bytes:
+        """Read a small member whole.
+
+        Args:
+            name: the member.
+            limit: how many bytes it may have; as many as a pickle if not given.
+            unpack: whether it may be compressed.
+        """
+        member = self._member(name)
+        packed = unpack and member.method == _DEFLATED
+        if not packed:
+            _check_stored(member)
+        limit = self.limits.pickle_bytes if limit is None else limit
+        if member.size > limit:
+            got = f"{member.size} bytes, more than {limit}"
+            raise Limits.hit(f"its {printable(name)} is too long", got)
+        data = self.file.pread(self._content(member), member.packed)
+        if packed:
+            data = self._unpack(data, member)
+        if (member.crc or packed) and zlib.crc32(data) != member.crc:
             raise CheckpointError(f"damaged: checksum of {printable(name)} does not match", remedy=_DOWNLOAD)
         return data
 
+    def _member(self, name: str) -> Member:
+        member = self.members.get(name)
+        if member is None:
+            raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
+        return member
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file, for ``zipfile``, which reads as many bytes as the archive says it has."""
+    def _content(self, member: Member) -> int:
+        """Return where in the file a member's content starts."""
+        raw = member.name.encode("utf-8", "surrogateescape")
+        read = self.file.pread(self._start + member.place, _LOCAL_HEADER.size + len(raw))
+        header = _LOCAL_HEADER.unpack_from(read)
+        magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
+        same = magic == b"PK\x03\x04" and method == member.method and name_length == len(raw)
+        start = member.place + _LOCAL_HEADER.size + name_length + extra_length
+        if not same or read[_LOCAL_HEADER.size :] != raw:
+            what = "damaged or hostile: a zip member's header does not say what the directory says"
+            raise CheckpointError(what, got=printable(member.name), remedy=_DOWNLOAD)
+        if start + member.packed > self._places[bisect_right(self._places, member.place)]:
+            raise _misplaced(member.name)
+        return self._start + start
 
-    def __init__(self, stream: BinaryIO, start: int, length: int) -> None:
-        self._stream = stream
-        self._start = start
-        self._length = length
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        offset += {os.SEEK_SET: 0, os.SEEK_CUR: self.tell(), os.SEEK_END: self._length}[whence]
-        if offset < 0:
-            raise OSError("before the archive's start")
-        return self._stream.seek(self._start + offset) - self._start
-
-    def tell(self) -> int:
-        return self._stream.tell() - self._start
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        left = max(0, self._length - self.tell())
-        wanted = left if size is None or size < 0 else min(size, left)
-        if wanted > MAX_PICKLE_BYTES:
-            raise CheckpointError("its zip directory is too long", got=f"{wanted} bytes")
-        return self._stream.read(wanted)
-
-
-def _check_member(member: zipfile.ZipInfo) -> None:
-    name = printable(member.filename)
-    if ".." in member.filename.split("/") or member.filename.startswith("/") or "\\" in member.filename:
-        raise CheckpointError("hostile: a name in the zip archive leads out of it", got=name)
-    if member.flag_bits & 0x41:
-        raise CheckpointError("not supported: an encrypted zip archive", got=name, remedy="decrypt it first")
+    def _unpack(self, data: bytes, member: Member) -> bytes:
+        self._room -= member.size
+        if self._room < 0:
+            raise CheckpointError(
+                "hostile: what is compressed in the zip archive unpacks to too much",
+                got=f"more than {MAX_UNPACKED_BYTES} bytes",
+            )
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        try:
+            unpacked = machine.decompress(data, member.size + 1)
+        except zlib.error as error:
+            what = f"damaged: {printable(member.name)} cannot be unpacked"
+            raise CheckpointError(what, got=printable(str(error)), remedy=_DOWNLOAD) from error
+        if len(unpacked) != member.size:
+            raise _two_sizes(member.name)
+        return unpacked
 
 
-def _check_stored(member: zipfile.ZipInfo) -> None:
+def _check_member(member: Member) -> None:
+    name = member.name
+    if (".." in name and ".." in name.split("/")) or name.startswith("/") or "\\" in name or "\0" in name:
+        raise CheckpointError("hostile: a name in the zip archive leads out of it", got=printable(name))
+    if member.flags & _ENCRYPTED:
+        what = "not supported: an encrypted zip archive"
+        raise CheckpointError(what, got=printable(name), remedy="decrypt it first")
+
+
+def _check_stored(member: Member) -> None:
     """Refuse a member that has to be unpacked to be read."""
-    name = printable(member.filename)
-    if member.compress_type != zipfile.ZIP_STORED:
+    if member.method != _STORED:
         raise CheckpointError(
             "not supported: a compressed zip archive; torch.save writes uncompressed ones",
-            got=name,
+            got=printable(member.name),
             remedy="re-save with torch.save, or unpack it and give the checkpoint inside",
         )
-    if member.compress_size != member.file_size:
-        raise CheckpointError("damaged or hostile: a zip member has two sizes", got=name, remedy=_DOWNLOAD)
+    if member.packed != member.size:
+        raise _two_sizes(member.name)
+
+
+def _two_sizes(name: str) -> CheckpointError:
+    return CheckpointError(
+        "damaged or hostile: a zip member has two sizes", got=printable(name), remedy=_DOWNLOAD
+    )
+
+
+def _misplaced(name: str) -> CheckpointError:
+    what = "truncated or hostile: a zip member lies beyond the file's end or over the next member"
+    return CheckpointError(what, got=printable(name), remedy=_DOWNLOAD)

@@ -22,6 +22,11 @@ _DICTS = {
 }
 _SEQUENCES = {GlobalRef("builtins", name) for name in ("list", "tuple", "set", "frozenset")}
 _NEW_OBJECT = {GlobalRef("copyreg", name) for name in ("_reconstructor", "__newobj__", "__newobj_ex__")}
+#: what TorchScript wraps a list in, to tell its type; each returns its first argument
+_TYPED_LISTS = {
+    GlobalRef("torch.jit._pickle", name)
+    for name in ("restore_type_tag", *(f"build_{kind}list" for kind in ("int", "tensor", "double", "bool")))
+}
 _GETATTR = GlobalRef("builtins", "getattr")
 _FROM_TYPE = {
     GlobalRef(module, name)
@@ -95,6 +100,8 @@ def _plain_data(function: GlobalRef, args: tuple[Any, ...]) -> Any:
         return made
     if function in _SEQUENCES:
         return list(args[0]) if args and isinstance(args[0], list | tuple) else []
+    if function in _TYPED_LISTS and args and isinstance(args[0], list | dict):
+        return args[0]
     if function == GlobalRef("torch", "Size"):
         return args[0] if args and isinstance(args[0], tuple | list) else ()
     return None

@@ -6,13 +6,15 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from threading import RLock
 from typing import BinaryIO, Literal
+from weakref import ref
 
-from freezekit.errors import CheckpointError
+from freezekit.errors import CheckpointError, SelectionError
 
 __all__ = ["Kind", "SourceFile", "beside", "guarded", "printable", "sniff"]
 
+Identity = tuple[int, int, int, int]
 Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
 
 #: torch's mark of its pre-1.6 format, 0x1950a86a20f9469cfc6c, as pickle protocols 2 and up write it, and 1
@@ -71,6 +73,7 @@ def guarded(where: str) -> Iterator[None]:
 
     Raises:
         CheckpointError: in place of whatever was raised inside.
+        SelectionError: what was asked for is not in the file.
     """
     try:
         yield
@@ -78,6 +81,8 @@ def guarded(where: str) -> Iterator[None]:
         if error.where is not None:
             raise
         raise CheckpointError(error.what, where=where, got=error.got, remedy=error.remedy) from None
+    except SelectionError as error:
+        raise SelectionError(error.what, where=where, got=error.got, remedy=error.remedy) from None
     except FileNotFoundError as error:
         raise CheckpointError("no such file", where=where, remedy="check the path") from error
     except PermissionError as error:
@@ -94,9 +99,10 @@ def guarded(where: str) -> Iterator[None]:
         raise CheckpointError(what, where=where, got=got, remedy=_DOWNLOAD) from error
 
 
-@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A regular file as it was when first opened; each later read checks that it still is that file.
+
+    It is kept open from one read to the next, as long as not too many are, and closed with the last reader.
 
     Args:
         path: absolute path, to open it again.
@@ -104,9 +110,11 @@ class SourceFile:
         identity: device, inode, size and modification time in ns.
     """
 
-    path: str
-    source: str
-    identity: tuple[int, int, int, int]
+    def __init__(self, path: str, source: str, identity: Identity) -> None:
+        self.path = path
+        self.source = source
+        self.identity = identity
+        self._descriptor: int | None = None
 
     @classmethod
     def at(cls, path: str) -> SourceFile:
@@ -144,23 +152,53 @@ class SourceFile:
                 got=f"bytes {offset} to {offset + length} of {self.size}",
                 remedy=_DOWNLOAD,
             )
-        with self.open() as stream:
-            stream.seek(offset)
-            data = stream.read(length)
+        with _LOCK:  # or another thread could close the descriptor to make room
+            if self._descriptor is None:
+                self._descriptor, identity = _open_regular(self.path)
+                self._check(identity)
+                _make_room(self)
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, length)
+            while len(data) < length and (more := os.read(self._descriptor, length - len(data))):
+                data += more  # one call reads 2 GB at most
+            self._check(_identity(os.fstat(self._descriptor)))
+            self._check(_identity(os.stat(self.path)))  # the path may name something else by now
         if len(data) != length:
             raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
         return data
 
-    def _check(self, identity: tuple[int, int, int, int]) -> None:
+    def close(self) -> None:
+        """Close it; the next read opens it again."""
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _check(self, identity: Identity) -> None:
         if identity != self.identity:
             raise CheckpointError("changed while reading", remedy="read it when nothing writes to it")
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+_MAX_OPEN = 8
+_LOCK = RLock()
+_OPENED: list[ref[SourceFile]] = []
+
+
+def _make_room(file: SourceFile) -> None:
+    """Close the file that was opened first where too many are open."""
+    _OPENED[:] = [other for other in _OPENED if other() is not None and other() is not file]
+    _OPENED.append(ref(file))
+    if len(_OPENED) > _MAX_OPEN and (first := _OPENED.pop(0)()) is not None:
+        first.close()
+
+
+def _identity(status: os.stat_result) -> Identity:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _open_regular(path: str) -> tuple[int, tuple[int, int, int, int]]:
+def _open_regular(path: str) -> tuple[int, Identity]:
     # non-blocking, or opening a FIFO that nobody writes to would wait for ever
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # each is missing on some system

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 from typing import Any, TypeGuard
@@ -18,8 +18,9 @@ import numpy as np
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, beside, guarded, printable, sniff
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, StorageRef, TensorRef, describe
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, Unpickled, unpickle
-from freezekit.audit.checkpoint.roots import MAX_KEYS, too_many_keys
+from freezekit.audit.checkpoint.roots import too_many_keys
 from freezekit.audit.checkpoint.table import make_table
 from freezekit.audit.checkpoint.tensors import MAX_NUMEL, MAX_RANK, StoredBytes, check_shape, make_tensor
 from freezekit.audit.checkpoint.torch_zip import open_pickle
@@ -30,7 +31,6 @@ from freezekit.manifest import KEY
 
 __all__ = ["read_distributed"]
 
-MAX_METADATA_BYTES = 64 * 2**20
 #: of the entries that are no tensors, what is worth reading: how far training was, and freezekit's own texts
 _TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params", KEY, REPORT_KEY}
 #: bytes of all of them together, and how many there may be
@@ -38,7 +38,6 @@ _MAX_TOLD_BYTES, _MAX_TOLD = 32 * 2**20, 2_000
 _MAX_NESTING = 20
 #: axes along which one tensor may be cut; meshes have up to four
 _MAX_CUT = 6
-_CONVERT = "if you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 _AGAIN = "copy the folder again, or take the checkpoint before it"
 
 
@@ -100,12 +99,16 @@ class _Assembled(StoredBytes):
         return made.read()
 
 
-def read_distributed(path: str, names: tuple[str, ...]) -> StateTable:
+def read_distributed(
+    path: str, names: tuple[str, ...], root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read the folder of a distributed checkpoint.
 
     Args:
         path: the folder.
         names: its ``.metadata`` file, or those of the ranks where each wrote its own.
+        root: which of the states in it to read.
+        limits: caps on what its metadata may cost.
 
     Raises:
         CheckpointError: it is half-written, damaged or hostile.
@@ -116,7 +119,7 @@ def read_distributed(path: str, names: tuple[str, ...]) -> StateTable:
             got="no .metadata, which is written last",
             remedy=_AGAIN,
         )
-    content = _Content(path)
+    content = _Content(path, limits)
     for name in names:
         with guarded(printable(os.path.join(path, name), 1000)):
             content.add(name)
@@ -125,17 +128,20 @@ def read_distributed(path: str, names: tuple[str, ...]) -> StateTable:
     for fqn, value in content.values():
         _put(nested, content.paths.get(fqn, (fqn,)), value)
     pickled = Unpickled(_with_lists(nested), tuple(content.foreign), {})
-    whole = replace(content.file, source=path)
+    whole = SourceFile(content.file.path, path, content.file.identity)
     several = f"{len(names)} ranks wrote metadata of their own; of what several hold, the first one's is read"
     notes = [several] * (len(names) > 1)
-    return make_table(whole, pickled, lambda storage: content.assembled[storage.key], lambda: notes)
+    return make_table(
+        whole, pickled, lambda storage: content.assembled[storage.key], lambda: notes, root, limits
+    )
 
 
 class _Content:
     """What the metadata say, checked."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, limits: Limits) -> None:
         self.folder = path
+        self.limits = limits
         self.assembled: dict[str, _Assembled] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
         self.foreign: dict[str, None] = {}
@@ -147,18 +153,15 @@ class _Content:
     def add(self, name: str) -> None:
         """Take in one metadata file."""
         self.file = SourceFile.at(os.path.join(self.folder, name))
-        if self.file.size > MAX_METADATA_BYTES:
-            got = f"{self.file.size} bytes, more than {MAX_METADATA_BYTES}"
-            raise CheckpointError("its metadata is too long", got=got, remedy=_CONVERT)
         with self.file.open() as stream:
-            pickled = unpickle(LimitedReader(stream, self.file.size), plain=True)
+            pickled = unpickle(LimitedReader(stream, self.file.size), plain=True, limits=self.limits)
         self.foreign.update(dict.fromkeys(pickled.foreign))
         fields = _fields(pickled.root, "Metadata")
         entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(entries, dict) or not isinstance(stored, dict):
             raise _damaged("it has no entries, or no places of them")
-        if len(self._tensors) + len(entries) > MAX_KEYS:
-            raise too_many_keys(len(self._tensors) + len(entries))
+        if len(self._tensors) + len(entries) > self.limits.keys:
+            raise too_many_keys(len(self._tensors) + len(entries), self.limits)
         places = dict(self._place(index, info) for index, info in stored.items())
         for fqn, entry in entries.items():
             if not isinstance(fqn, str):

@@ -358,9 +358,9 @@ def _checksums(file: SourceFile) -> set[tuple[str, int, int]] | None:
             return None
         members = Archive(file, stream).members
     stored = {name.partition("/data/")[2]: member for name, member in members.items() if "/data/" in name}
-    if not stored or any(member.file_size and not member.CRC for member in stored.values()):
+    if not stored or any(member.size and not member.crc for member in stored.values()):
         return None
-    return {(name, member.file_size, member.CRC) for name, member in stored.items()}
+    return {(name, member.size, member.crc) for name, member in stored.items()}
 
 
 def _nothing(names: set[str]) -> CheckpointError:

@@ -7,7 +7,7 @@ from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
 
-__all__ = ["GlobalRef", "Key", "Opaque", "StorageRef", "TensorRef", "children", "describe"]
+__all__ = ["GlobalRef", "Key", "Opaque", "StorageRef", "TensorRef", "as_mapping", "children", "describe"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +90,17 @@ class Key:
     """
 
     value: Any
+
+
+def as_mapping(value: object) -> dict[Any, Any] | None:
+    """Return an object's items, if it is a kind of dict, or else its attributes."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, Opaque):
+        if value.mapping is not None:
+            return value.mapping
+        return value.state if isinstance(value.state, dict) else None
+    return None
 
 
 def children(value: object) -> list[tuple[str, Any]]:

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from freezekit.audit.checkpoint.calls import as_tuple, call, fill
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import storage_dtype
 from freezekit.audit.checkpoint.verdicts import canonical, is_foreign
 from freezekit.errors import CheckpointError
@@ -96,13 +97,16 @@ class LimitedReader:
         return data
 
 
-def unpickle(stream: IO[bytes] | LimitedReader, *, plain: bool = False) -> Unpickled:
+def unpickle(
+    stream: IO[bytes] | LimitedReader, *, plain: bool = False, limits: Limits = Limits.DEFAULT
+) -> Unpickled:
     """Follow one pickle to its end.
 
     Args:
         stream: at the pickle's start; left behind its last byte.
         plain: whether it was not written by ``torch.save``; such pickles hold a tensor's values in a call to
             ``torch.storage._load_from_bytes``, which then is no sign of an attack.
+        limits: caps on its size and on what following it may cost.
 
     Raises:
         PickleDamageError: it is cut short, or no pickle.

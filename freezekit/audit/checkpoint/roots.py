@@ -6,19 +6,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from freezekit.audit.checkpoint.choosing import choose, named, networks, norms_of, others_note
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, children, describe
+from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, as_mapping, children, describe
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.findings import REPORT_KEY
-from freezekit.audit.state import Role, role_of
+from freezekit.audit.state import Role, Root, role_of
 from freezekit.errors import CheckpointError
 from freezekit.manifest import KEY
 
-__all__ = ["MAX_KEYS", "State", "find_state", "find_texts", "model_names", "too_many_keys"]
+__all__ = ["State", "find_state", "find_texts", "model_names", "too_many_keys"]
 
-MAX_KEYS = 1_000_000
-#: characters; what looks at all that is above a name costs the square of its length
 _TEXTS = {KEY: "handle.manifest()", REPORT_KEY: "auditor.report()"}
+#: characters; what looks at all that is above a name costs the square of its length
 _MAX_KEY_LENGTH = 1_000
 
 #: where training code puts a model's state, in order of preference
@@ -27,6 +28,10 @@ _WELL_KNOWN = (
     "ema", "model_ema", "state_dict_ema", "ema_state_dict", "student", "teacher",
     "generator", "discriminator", "backbone", "encoder",
 )  # fmt: skip
+#: what is beside the models, and may hold tensors under names too
+_BESIDE = frozenset(
+    ("opt", "scaler", "grad_scaler", "amp", "rng_state", "rng_states", "callbacks", "loops", "message_hub")
+)
 _MAX_NESTING = 12
 _MAX_MODULES = 100_000
 
@@ -40,26 +45,42 @@ class State:
         roles: of those tensors whose role the file tells.
         skipped: names of the entries that are no tensors.
         path: where in the file's object it was found.
-        others: where else something of the kind was found.
+        roots: all the places in the file that hold a model's state, this one included.
+        fault: why it cannot be read, or ``None``.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     path: str = ""
-    others: list[str] = field(default_factory=list)
+    roots: tuple[Root, ...] = ()
+    fault: CheckpointError | None = None
 
     def notes(self) -> list[str]:
         """Say what was chosen and what was left out."""
-        notes = []
-        if self.others:
-            notes.append(f"also holds: {_listed(self.others)}; read '{printable(self.path)}'")
+        notes = others_note(self.roots, self.path)
         if self.skipped:
             notes.append(f"skipped entries that are not tensors: {_listed(self.skipped)}")
         return notes
 
+    @property
+    def is_model(self) -> bool:
+        """Whether it looks like a model's state, and not like a few tensors beside others."""
+        mostly = 2 * len(self.tensors) >= len(self.tensors) + len(self.skipped)
+        return bool(self.tensors) and (mostly or bool(norms_of(self.tensors)))
 
-def find_state(root: object) -> State:
+    def network(self, prefix: str) -> State:
+        """Return the state of one of the networks in it."""
+        start = f"{prefix}."
+        inside = {name: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
+        return State(
+            {name.removeprefix(start): tensor for name, tensor in inside.items()},
+            {name.removeprefix(start): self.roles[name] for name in inside if name in self.roles},
+            path=named(self.path, prefix),
+        )
+
+
+def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.DEFAULT) -> State:
     """Find the state dict in a checkpoint's object.
 
     It is the object itself if that maps names to tensors or is a whole module; else what a well-known key
@@ -67,18 +88,42 @@ def find_state(root: object) -> State:
 
     Args:
         root: the inert object.
+        wanted: which one to take instead, see :func:`choosing.choose`.
+        limits: caps on what it may hold.
 
     Raises:
         CheckpointError: there is none, or a tensor's key is no string.
+        SelectionError: it has no such root as ``wanted``.
     """
-    state = _resolve(root, (), set()) or _search(root)
-    if state is None:
+    states = _all_states(root, limits)
+    best = _resolve(root, states, 0, set())
+    if best is None:  # the first of the longest
+        best = max(states.values(), key=lambda state: len(state.tensors), default=None)
+    if best is None or not best.tensors:
         raise CheckpointError(
             "holds no tensors that have a name",
             got=describe(root),
             remedy="save model.state_dict() with torch.save or safetensors",
         )
-    return state
+    roots: list[Root] = []
+    places: dict[str, tuple[State, str | None]] = {}
+    for state in states.values():
+        if not state.tensors or (state is not best and not state.is_model):
+            continue
+        inside = networks({name: tensor.shape for name, tensor in state.tensors.items()})
+        for prefix in (None, *inside):
+            made = state if prefix is None else state.network(prefix)
+            if made.path not in places:
+                places[made.path] = state, prefix
+                roots.append(Root(made.path, len(made.tensors), len(norms_of(made.tensors))))
+    if wanted is not None:
+        state, prefix = places[choose(roots, wanted).path]
+        best = state if prefix is None else state.network(prefix)
+        best.fault = state.fault
+    if best.fault is not None:
+        raise best.fault
+    best.roots = tuple(roots)
+    return best
 
 
 def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
@@ -86,7 +131,7 @@ def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
 
     A note tells of something else in the place of either.
     """
-    mapping = _as_mapping(root) or {}
+    mapping = as_mapping(root) or {}
     found = {key: mapping.get(key) for key in _TEXTS}
     notes = [
         f"its '{key}' is not text, and was not used: save {_TEXTS[key]}.to_json() there"
@@ -135,34 +180,29 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return cleaned, notes
 
 
-def too_many_keys(count: int) -> CheckpointError:
+def too_many_keys(count: int, limits: Limits = Limits.DEFAULT) -> CheckpointError:
     """Return the error for a state dict bigger than any real one."""
-    return CheckpointError("holds too many keys", got=f"{count}, more than {MAX_KEYS}")
+    return Limits.hit("holds too many keys", f"{count}, more than {limits.keys}")
 
 
-def _resolve(value: object, path: tuple[str, ...], seen: set[int]) -> State | None:
+def _resolve(value: object, states: dict[int, State], depth: int, seen: set[int]) -> State | None:
     """Return the state dict that a value is or leads to by well-known keys."""
-    if id(value) in seen or len(path) > _MAX_NESTING:
+    if id(value) in seen or depth > _MAX_NESTING:
         return None
     seen.add(id(value))
-    if _is_module(value):
-        return _module_state(value, ".".join(path))
-    mapping = _as_mapping(value)
-    if mapping is None:
-        return None
-    nested = [_resolve(mapping[key], (*path, key), seen) for key in _WELL_KNOWN if key in mapping]
-    found = [state for state in nested if state is not None]
-    own = _mapping_state(mapping, ".".join(path))
-    best = next((state for state in found if len(state.tensors) > len(own.tensors)), None)
-    if best is not None:
-        best.others += [state.path for state in found if state is not best]
-        return best
-    return own if own.tensors and 2 * len(own.tensors) >= len(mapping) else None
+    own = states.get(id(value))
+    mapping = as_mapping(value)
+    if mapping is None or _is_module(value):
+        return own
+    nested = [_resolve(mapping[key], states, depth + 1, seen) for key in _WELL_KNOWN if key in mapping]
+    held = 0 if own is None else len(own.tensors)
+    best = next((state for state in nested if state is not None and len(state.tensors) > held), None)
+    return best or (own if held and 2 * held >= len(mapping) else None)
 
 
-def _search(root: object) -> State | None:
-    """Return the state with the most tensors anywhere inside, walking without recursion."""
-    found: list[State] = []
+def _all_states(root: object, limits: Limits) -> dict[int, State]:
+    """Return all that could be a state, in the file's order, by its object's id; walks without recursion."""
+    found: dict[int, State] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, str]] = [(root, "")]
     while waiting:
@@ -171,43 +211,29 @@ def _search(root: object) -> State | None:
             continue
         seen.add(id(value))
         if _is_module(value):
-            found.append(_module_state(value, path))
+            found[id(value)] = _module_state(value, path, limits)
             continue
-        mapping = _as_mapping(value)
+        mapping = as_mapping(value)
         if mapping is not None and "param_groups" in mapping:
             continue
-        if mapping is not None and (state := _mapping_state(mapping, path)).tensors:
-            found.append(state)
+        if mapping is not None and (state := _mapping_state(mapping, path, limits)).tensors:
+            found[id(value)] = state
         inside = [
             # paths serve messages only, and would grow as the square of the nesting
             (item, f"{path}.{key}".lstrip(".") if len(path) < 200 else path)
             for key, item in children(value)
-            if isinstance(item, dict | list | tuple | Opaque) and not _of_optimizer(key)
+            if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
         waiting += reversed(inside)
-    best = max(found, key=lambda state: len(state.tensors), default=None)  # the first of the longest
-    if best is None or not best.tensors:
-        return None
-    best.others += [state.path for state in found if state is not best and state.tensors]
-    return best
+    return found
 
 
-def _of_optimizer(key: str) -> bool:
+def _beside_models(key: str) -> bool:
     key = key.lower()
-    return "optim" in key or "scheduler" in key or key in ("opt", "scaler", "rng_state", "rng_states")
+    return key in _BESIDE or "optim" in key or "scheduler" in key or key.endswith("_extra_state")
 
 
-def _as_mapping(value: object) -> dict[Any, Any] | None:
-    if isinstance(value, dict):
-        return value
-    if isinstance(value, Opaque):
-        if value.mapping is not None:
-            return value.mapping
-        return value.state if isinstance(value.state, dict) else None
-    return None
-
-
-def _mapping_state(mapping: dict[Any, Any], path: str) -> State:
+def _mapping_state(mapping: dict[Any, Any], path: str, limits: Limits) -> State:
     state = State(path=path)
     for key, value in mapping.items():
         tensor = _as_tensor(value)
@@ -219,13 +245,13 @@ def _mapping_state(mapping: dict[Any, Any], path: str) -> State:
         elif tensor is None:
             state.skipped.append(f"<{type(key).__name__}>")
         elif state.tensors:  # without one named tensor it is no state dict at all, and stays what it is
-            raise CheckpointError(
+            state.fault = state.fault or CheckpointError(
                 "a tensor's key is not a string",
                 got=f"{describe(key)} in '{printable(path)}'" if path else describe(key),
                 remedy="save model.state_dict()",
             )
-    if len(mapping) > MAX_KEYS and state.tensors:
-        raise too_many_keys(len(mapping))
+    if len(mapping) > limits.keys and state.tensors:
+        raise too_many_keys(len(mapping), limits)
     return state
 
 
@@ -247,7 +273,7 @@ def _is_module(value: object) -> bool:
     )
 
 
-def _module_state(module: object, path: str) -> State:
+def _module_state(module: object, path: str, limits: Limits) -> State:
     """Return what ``state_dict()`` of a whole pickled module would hold."""
     found = State(path=path)
     waiting: list[tuple[Any, str]] = [(module, "")]
@@ -273,8 +299,8 @@ def _module_state(module: object, path: str) -> State:
                 found.roles[prefix + name] = "buffer" if role == "parameter" else role
         children_ = [(child, f"{prefix}{name}.") for name, child in parts["_modules"].items()]
         waiting += reversed(children_)
-        if len(found.tensors) > MAX_KEYS:
-            raise too_many_keys(len(found.tensors))
+        if len(found.tensors) > limits.keys:
+            raise too_many_keys(len(found.tensors), limits)
     return found
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO, NoReturn
 
+from freezekit.audit.checkpoint.choosing import choose_network, others_note
 from freezekit.audit.checkpoint.container import SourceFile, printable
-from freezekit.audit.checkpoint.roots import MAX_KEYS, find_texts, model_names, too_many_keys
+from freezekit.audit.checkpoint.limits import Limits
+from freezekit.audit.checkpoint.roots import find_texts, model_names, too_many_keys
 from freezekit.audit.checkpoint.tensors import (
     MAX_NUMEL,
     MAX_RANK,
@@ -35,12 +37,16 @@ _DTYPES = {
 _AGAIN = "download or copy the file again"
 
 
-def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
+def read_safetensors(
+    file: SourceFile, stream: BinaryIO, root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read a safetensors file.
 
     Args:
         file: the file.
         stream: the same, open at its start.
+        root: which of several networks in it to read.
+        limits: caps on what it may hold.
 
     Raises:
         CheckpointError: it is damaged or hostile.
@@ -53,19 +59,21 @@ def read_safetensors(file: SourceFile, stream: BinaryIO) -> StateTable:
         )
     header = _parse(stream.read(length))
     metadata = header.pop("__metadata__", None)
-    if len(header) > MAX_KEYS:
-        raise too_many_keys(len(header))
+    if len(header) > limits.keys:
+        raise too_many_keys(len(header), limits)
     if not header:
         raise CheckpointError(
             "holds no tensors", got="an empty safetensors file", remedy="save model.state_dict()"
         )
     start = 8 + length
-    names, notes = model_names(header)
-    entries = {name: _Entry.of(name, entry) for name, entry in zip(names, header.values(), strict=True)}
+    entries = {name: _Entry.of(name, entry) for name, entry in header.items()}
     _check_places(entries, file.size - start)
+    read, path, roots = choose_network({name: entry.shape for name, entry in entries.items()}, root)
+    names, notes = model_names(read.values())
     manifest, report, said = find_texts(metadata)
-    tensors = [entry.tensor(name, file, start) for name, entry in entries.items()]
-    return StateTable(tensors, file.source, (*notes, *said), manifest, report)
+    tensors = [entries[own].tensor(name, file, start) for own, name in zip(read, names, strict=True)]
+    notes = [*others_note(roots, path), *notes, *said]
+    return StateTable(tensors, file.source, tuple(notes), manifest, report, path, roots)
 
 
 @dataclass(frozen=True, slots=True)

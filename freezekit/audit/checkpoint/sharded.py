@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import BinaryIO
 
+from freezekit.audit.checkpoint.choosing import others_note
 from freezekit.audit.checkpoint.container import Kind, SourceFile, beside, guarded, printable, sniff
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.roots import model_names
+from freezekit.audit.checkpoint.table import flat_table
 from freezekit.audit.checkpoint.tensors import unreadable
 from freezekit.audit.state import StateTable, TensorState
 from freezekit.errors import CheckpointError
@@ -18,7 +21,7 @@ from freezekit.jsonfile import Reader
 __all__ = ["ReadFile", "read_deepspeed", "read_index"]
 
 #: reads one file whose format is known
-ReadFile = Callable[[SourceFile, BinaryIO], StateTable]
+ReadFile = Callable[[SourceFile, BinaryIO, str | None, Limits], StateTable]
 
 _AGAIN = "download or copy the index and all its shards again"
 #: the longest are those of models with hundreds of experts in each layer: about 14 MB
@@ -27,13 +30,21 @@ _MAX_SHARDS = 10_000
 _INDEX = Reader("shard index", _AGAIN, _MAX_BYTES, max_text=1_000, max_digits=40, fractions=True)
 
 
-def read_index(file: SourceFile, stream: BinaryIO, readers: Mapping[Kind, ReadFile]) -> StateTable:
+def read_index(
+    file: SourceFile,
+    stream: BinaryIO,
+    readers: Mapping[Kind, ReadFile],
+    root: str | None = None,
+    limits: Limits = Limits.DEFAULT,
+) -> StateTable:
     """Read the model whose shards an index lists (``model.safetensors.index.json``).
 
     Args:
         file: the index.
         stream: the same, open at its start.
         readers: by format, what reads a shard.
+        root: which of several networks in the model to read.
+        limits: caps on what a shard may hold.
 
     Raises:
         CheckpointError: it or a shard is damaged or hostile, or they do not fit each other.
@@ -62,18 +73,17 @@ def read_index(file: SourceFile, stream: BinaryIO, readers: Mapping[Kind, ReadFi
     texts: list[tuple[str | None, str | None]] = []
     for shard, names in named.items():
         with guarded(printable(paths[shard], 1000)):
-            table = _read_shard(paths[shard], readers)
-            notes.update(dict.fromkeys(table.notes))
+            table = _read_shard(paths[shard], readers, limits)
             texts.append((table.manifest, table.report))
-            unlisted = _take(table, names, found)
+            unlisted, said = _take(table, names, found)
+            notes.update(dict.fromkeys(said))
         if unlisted:
             shown = ", ".join(printable(name, 40) for name in unlisted[:3])
             more = f" and {len(unlisted) - 3} more" if len(unlisted) > 3 else ""
             notes[f"{printable(shard)} holds what the index does not list: {shown}{more}"] = None
-    bare, stripped = model_names(found)
-    tensors = [replace(tensor, name=name) for name, tensor in zip(bare, found.values(), strict=True)]
-    manifest, report = (next(filter(None, kind), None) for kind in zip(*texts, strict=True))
-    return StateTable(tensors, file.source, tuple(dict.fromkeys([*notes, *stripped])), manifest, report)
+    made = flat_table(file, [replace(tensor, name=name) for name, tensor in found.items()], root, list(notes))
+    made.manifest, made.report = (next(filter(None, kind), None) for kind in zip(*texts, strict=True))
+    return made
 
 
 def read_deepspeed(path: str, names: tuple[str, ...], read: Callable[[str], StateTable]) -> StateTable:
@@ -118,7 +128,7 @@ def _without_placeholders(table: StateTable) -> StateTable:
     return made
 
 
-def _read_shard(path: str, readers: Mapping[Kind, ReadFile]) -> StateTable:
+def _read_shard(path: str, readers: Mapping[Kind, ReadFile], limits: Limits) -> StateTable:
     # A link is followed wherever it leads: whoever made the folder made it, as Hugging Face's cache does: its
     # snapshots link to ../../blobs. What comes with a download is the index, whose names lead nowhere.
     file = SourceFile.at(path)
@@ -127,13 +137,19 @@ def _read_shard(path: str, readers: Mapping[Kind, ReadFile]) -> StateTable:
         if kind not in readers:
             what = "damaged or hostile: an index lists it as a shard, and it is no file of tensors"
             raise CheckpointError(what, got="another index" if kind == "index" else None, remedy=_AGAIN)
-        return readers[kind](file, stream)
+        return readers[kind](file, stream, None, limits)
 
 
-def _take(table: StateTable, names: list[str], found: dict[str, TensorState]) -> list[str]:
-    """Add a shard's tensors under the index's names; return those of which the index does not know."""
+def _take(
+    table: StateTable, names: list[str], found: dict[str, TensorState]
+) -> tuple[list[str], Iterable[str]]:
+    """Add a shard's tensors under the index's names.
+
+    Returns:
+        Those of which the index does not know, and what was noted of the shard that holds for the model too.
+    """
     # the shard was read as a file by itself, without the prefixes that all the names in it have
-    bare, _ = model_names(names)
+    bare, stripped = model_names(names)
     if missing := [name for name, own in zip(names, bare, strict=True) if own not in table]:
         raise CheckpointError(
             "the index and its shard do not fit: a tensor is not in it",
@@ -145,4 +161,5 @@ def _take(table: StateTable, names: list[str], found: dict[str, TensorState]) ->
         if name in found:
             raise CheckpointError("hostile: a tensor is in two shards", got=printable(name), remedy=_AGAIN)
         found[name] = table[own]
-    return unlisted
+    own_notes = {*stripped, *others_note(table.roots, table.root)}
+    return unlisted, [note for note in table.notes if note not in own_notes]

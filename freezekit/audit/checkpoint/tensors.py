@@ -16,7 +16,7 @@ from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
 from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "ValueReader", "make_tensor", "unreadable"]
+__all__ = ["MAX_NUMEL", "MAX_RANK", "StoredBytes", "ValueReader", "make_tensor", "sane_shape", "unreadable"]
 
 MAX_RANK = 64
 MAX_NUMEL = 2**40
@@ -90,7 +90,7 @@ def make_tensor(
     if reason is None and ref.storage is not None and ref.storage.dtype not in STORAGE_SIZES:
         reason = f"storage of dtype {printable(ref.storage.dtype)}"
     if reason is not None or ref.storage is None:
-        return unreadable(name, role, dtype, _sane_shape(ref.shape), reason or "no storage", file)
+        return unreadable(name, role, dtype, sane_shape(ref.shape) or (), reason or "no storage", file)
     shape, stride = _ints(name, "size", ref.shape), _ints(name, "stride", ref.stride)
     if len(shape) != len(stride):
         _refuse(name, "has as many strides as sizes", f"{len(shape)} sizes and {len(stride)} strides")
@@ -200,12 +200,12 @@ def _ints(name: str, what: str, values: object) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _sane_shape(shape: object) -> tuple[int, ...]:
-    """Return the shape of a tensor that is not read, or ``()`` if there is no sense in it."""
+def sane_shape(shape: object) -> tuple[int, ...] | None:
+    """Return the shape of a tensor that is not read, or ``None`` if there is no sense in it."""
     if not isinstance(shape, tuple | list) or len(shape) > MAX_RANK:
-        return ()
+        return None
     sizes = tuple(size for size in shape if type(size) is int and 0 <= size < MAX_NUMEL)
-    return sizes if len(sizes) == len(shape) and prod(size or 1 for size in sizes) < MAX_NUMEL else ()
+    return sizes if len(sizes) == len(shape) and prod(size or 1 for size in sizes) < MAX_NUMEL else None
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, Unpickled, unpickle
 from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
 from freezekit.audit.checkpoint.table import make_table
@@ -26,22 +27,26 @@ _PROTOCOL = 1001
 _DOWNLOAD = "download or copy the file again"
 
 
-def read_legacy(file: SourceFile, stream: BinaryIO) -> StateTable:
+def read_legacy(
+    file: SourceFile, stream: BinaryIO, root: str | None = None, limits: Limits = Limits.DEFAULT
+) -> StateTable:
     """Read a legacy torch file.
 
     Args:
         file: the file.
         stream: the same, open at its start.
+        root: which of the states in it to read.
+        limits: caps on what it may cost.
 
     Raises:
         CheckpointError: it is damaged or hostile.
     """
-    magic, protocol = _next(file, stream).root, _next(file, stream).root
+    magic, protocol = _next(file, stream, limits).root, _next(file, stream, limits).root
     if magic != _MAGIC or protocol != _PROTOCOL:
         raise CheckpointError("damaged: not the magic number and protocol version of a legacy torch file")
-    _next(file, stream)  # facts about the machine, which change nothing
-    pickled = _next(file, stream)
-    keys = _next(file, stream).root
+    _next(file, stream, limits)  # facts about the machine, which change nothing
+    pickled = _next(file, stream, limits)
+    keys = _next(file, stream, limits).root
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise CheckpointError("damaged: its list of storages is no list of names")
     stored = _find_storages(file, stream, keys, pickled.storages)
@@ -51,11 +56,11 @@ def read_legacy(file: SourceFile, stream: BinaryIO) -> StateTable:
             raise CheckpointError("damaged: a storage is missing from the file", got=printable(storage.key))
         return stored[storage.key]
 
-    return make_table(file, pickled, find)
+    return make_table(file, pickled, find, root=root, limits=limits)
 
 
-def _next(file: SourceFile, stream: BinaryIO) -> Unpickled:
-    return unpickle(LimitedReader(stream, file.size - stream.tell()))
+def _next(file: SourceFile, stream: BinaryIO, limits: Limits) -> Unpickled:
+    return unpickle(LimitedReader(stream, file.size - stream.tell()), limits=limits)
 
 
 def _find_storages(

@@ -16,6 +16,7 @@ from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.errors import CheckpointError
 
 W = {"a.weight": torch.full((2,), 1.0), "a.bias": torch.full((3,), 2.0), "bn.running_mean": torch.zeros(2)}
+OPTIMIZER = {"state": {0: {"m": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
 OTHER = {name: tensor + 10 for name, tensor in W.items()}
 
 
@@ -72,9 +73,7 @@ def test_wellknown_keys(tmp_path):
     for index, key in enumerate(
         ("state_dict", "model_state_dict", "model", "net", "ema", "teacher", "encoder")
     ):
-        table = save(
-            {"epoch": 3, key: W, "optimizer": {"state": {0: {"m": torch.ones(2)}}}}, tmp_path / str(index)
-        )
+        table = save({"epoch": 3, key: W, "optimizer": OPTIMIZER}, tmp_path / str(index))
         assert_holds(table, W)
         assert table.notes == ()
 
@@ -90,17 +89,19 @@ def test_a_few_tensors_beside_do_not_hide_the_state(tmp_path):
 def test_first_of_several_with_a_note(tmp_path):
     table = save({"ema": OTHER, "model": W, "optimizer": {}}, tmp_path / "a")
     assert_holds(table, W)
-    assert table.notes == ("also holds: ema; read 'model'",)
+    assert table.notes == ("also holds: ema (no BN layers); read 'model', --root NAME reads another",)
     table = save({"teacher": OTHER, "student": W}, tmp_path / "b")
     assert_holds(table, W)
-    assert table.notes == ("also holds: teacher; read 'student'",)
+    assert table.notes == ("also holds: teacher (no BN layers); read 'student', --root NAME reads another",)
 
 
 def test_unknown_key_is_found_by_search(tmp_path):
     big = {f"m.{i}": torch.ones(1) for i in range(5)}
     table = save({"things": [1, {"inner": big}], "small": {"x": torch.ones(1)}, "lr": 0.1}, tmp_path / "a")
     assert_holds(table, big)
-    assert table.notes == ("also holds: small; read 'things.1.inner'",)
+    assert table.notes == (
+        "also holds: small (no BN layers); read 'things.1.inner', --root NAME reads another",
+    )
 
 
 def test_entries_that_are_no_tensors_are_noted(tmp_path):
@@ -223,7 +224,8 @@ def test_what_training_code_keeps_beside(form, tmp_path):
     }
     table = save({**extra, "state_dict": model.state_dict()}, tmp_path / "a", form)
     assert_holds(table, model.state_dict())
-    assert len(table.notes) == 1
+    assert len(table.notes) == 2
+    assert table.notes[1].startswith("the optimizer state at 'whole_optimizer' was left out")
     assert "test_ckpt_roots.AttributeDict, test_ckpt_roots.Config" in table.notes[0]
     assert "nothing of it was imported or run" in table.notes[0]
 
