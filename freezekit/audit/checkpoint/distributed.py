@@ -153,6 +153,9 @@ class _Content:
     def add(self, name: str) -> None:
         """Take in one metadata file."""
         self.file = SourceFile.at(os.path.join(self.folder, name))
+        if self.file.size > self.limits.pickle_bytes:
+            got = f"{self.file.size} bytes, more than {self.limits.pickle_bytes}"
+            raise Limits.hit("its metadata is too long", got)
         with self.file.open() as stream:
             pickled = unpickle(LimitedReader(stream, self.file.size), plain=True, limits=self.limits)
         self.foreign.update(dict.fromkeys(pickled.foreign))

@@ -384,6 +384,8 @@ def test_limits_can_be_set_and_lifted(tmp_path):
     write(tmp_path / "a", good())
     with pytest.raises(CheckpointError, match=r"holds too many keys .got 1, more than 0.*--no-limits"):
         read_checkpoint(tmp_path / "a", limits=Limits(keys=0))
+    with pytest.raises(CheckpointError, match=r"metadata is too long .*more than 100.*--no-limits"):
+        read_checkpoint(tmp_path / "a", limits=Limits(pickle_bytes=100))
     assert list(read_checkpoint(tmp_path / "a", limits=Limits.NONE)) == ["w"]
 
 
