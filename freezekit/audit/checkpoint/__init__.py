@@ -76,7 +76,7 @@ def _read_folder(source: str, root: str | None, limits: Limits) -> StateTable:
     if found.kind == "distributed":
         return read_distributed(source, found.names, root, limits)
     if found.kind == "deepspeed":
-        return read_deepspeed(source, found.names, lambda name: read_checkpoint(name, root, limits))
+        return read_deepspeed(source, found.names, lambda path: read_checkpoint(path, root, limits))
     table = read_checkpoint(os.path.join(source, found.names[0]), root, limits)
     if len(found.names) > 1:
         table.notes += (f"{printable(source, 200)} also holds {', '.join(map(printable, found.names[1:4]))}",)

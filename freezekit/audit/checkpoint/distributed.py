@@ -31,7 +31,6 @@ from freezekit.manifest import KEY
 
 __all__ = ["read_distributed"]
 
-MAX_METADATA_BYTES = 64 * 2**20
 #: of the entries that are no tensors, what is worth reading: how far training was, and freezekit's own texts
 _TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params", KEY, REPORT_KEY}
 #: bytes of all of them together, and how many there may be
@@ -39,7 +38,6 @@ _MAX_TOLD_BYTES, _MAX_TOLD = 32 * 2**20, 2_000
 _MAX_NESTING = 20
 #: axes along which one tensor may be cut; meshes have up to four
 _MAX_CUT = 6
-_CONVERT = "if you trust it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE"
 _AGAIN = "copy the folder again, or take the checkpoint before it"
 
 
@@ -110,7 +108,7 @@ def read_distributed(
         path: the folder.
         names: its ``.metadata`` file, or those of the ranks where each wrote its own.
         root: which of the states in it to read.
-        limits: caps on what it may cost.
+        limits: caps on what its metadata may cost.
 
     Raises:
         CheckpointError: it is half-written, damaged or hostile.
@@ -133,8 +131,9 @@ def read_distributed(
     whole = SourceFile(content.file.path, path, content.file.identity)
     several = f"{len(names)} ranks wrote metadata of their own; of what several hold, the first one's is read"
     notes = [several] * (len(names) > 1)
-    find = content.assembled.__getitem__
-    return make_table(whole, pickled, lambda storage: find(storage.key), lambda: notes, root, limits)
+    return make_table(
+        whole, pickled, lambda storage: content.assembled[storage.key], lambda: notes, root, limits
+    )
 
 
 class _Content:
@@ -142,7 +141,7 @@ class _Content:
 
     def __init__(self, path: str, limits: Limits) -> None:
         self.folder = path
-        self._limits = limits
+        self.limits = limits
         self.assembled: dict[str, _Assembled] = {}
         self.paths: dict[str, tuple[str | int, ...]] = {}
         self.foreign: dict[str, None] = {}
@@ -154,18 +153,18 @@ class _Content:
     def add(self, name: str) -> None:
         """Take in one metadata file."""
         self.file = SourceFile.at(os.path.join(self.folder, name))
-        if self.file.size > MAX_METADATA_BYTES:
-            got = f"{self.file.size} bytes, more than {MAX_METADATA_BYTES}"
-            raise CheckpointError("its metadata is too long", got=got, remedy=_CONVERT)
+        if self.file.size > self.limits.pickle_bytes:
+            got = f"{self.file.size} bytes, more than {self.limits.pickle_bytes}"
+            raise Limits.hit("its metadata is too long", got)
         with self.file.open() as stream:
-            pickled = unpickle(LimitedReader(stream, self.file.size), plain=True, limits=self._limits)
+            pickled = unpickle(LimitedReader(stream, self.file.size), plain=True, limits=self.limits)
         self.foreign.update(dict.fromkeys(pickled.foreign))
         fields = _fields(pickled.root, "Metadata")
         entries, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
         if not isinstance(entries, dict) or not isinstance(stored, dict):
             raise _damaged("it has no entries, or no places of them")
-        if len(self._tensors) + len(entries) > self._limits.keys:
-            raise too_many_keys(len(self._tensors) + len(entries), self._limits)
+        if len(self._tensors) + len(entries) > self.limits.keys:
+            raise too_many_keys(len(self._tensors) + len(entries), self.limits)
         places = dict(self._place(index, info) for index, info in stored.items())
         for fqn, entry in entries.items():
             if not isinstance(fqn, str):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import BinaryIO
 
+from freezekit.audit.checkpoint.choosing import others_note
 from freezekit.audit.checkpoint.container import Kind, SourceFile, beside, guarded, printable, sniff
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.roots import model_names
@@ -42,8 +43,8 @@ def read_index(
         file: the index.
         stream: the same, open at its start.
         readers: by format, what reads a shard.
-        root: which of several networks in it to read.
-        limits: caps on what it may cost.
+        root: which of several networks in the model to read.
+        limits: caps on what a shard may hold.
 
     Raises:
         CheckpointError: it or a shard is damaged or hostile, or they do not fit each other.
@@ -73,16 +74,16 @@ def read_index(
     for shard, names in named.items():
         with guarded(printable(paths[shard], 1000)):
             table = _read_shard(paths[shard], readers, limits)
-            notes.update(dict.fromkeys(table.notes))
             texts.append((table.manifest, table.report))
-            unlisted = _take(table, names, found)
+            unlisted, said = _take(table, names, found)
+            notes.update(dict.fromkeys(said))
         if unlisted:
             shown = ", ".join(printable(name, 40) for name in unlisted[:3])
             more = f" and {len(unlisted) - 3} more" if len(unlisted) > 3 else ""
             notes[f"{printable(shard)} holds what the index does not list: {shown}{more}"] = None
-    table = flat_table(file, [replace(t, name=name) for name, t in found.items()], root, list(notes))
-    table.manifest, table.report = (next(filter(None, kind), None) for kind in zip(*texts, strict=True))
-    return table
+    made = flat_table(file, [replace(tensor, name=name) for name, tensor in found.items()], root, list(notes))
+    made.manifest, made.report = (next(filter(None, kind), None) for kind in zip(*texts, strict=True))
+    return made
 
 
 def read_deepspeed(path: str, names: tuple[str, ...], read: Callable[[str], StateTable]) -> StateTable:
@@ -139,10 +140,16 @@ def _read_shard(path: str, readers: Mapping[Kind, ReadFile], limits: Limits) -> 
         return readers[kind](file, stream, None, limits)
 
 
-def _take(table: StateTable, names: list[str], found: dict[str, TensorState]) -> list[str]:
-    """Add a shard's tensors under the index's names; return those of which the index does not know."""
+def _take(
+    table: StateTable, names: list[str], found: dict[str, TensorState]
+) -> tuple[list[str], Iterable[str]]:
+    """Add a shard's tensors under the index's names.
+
+    Returns:
+        Those of which the index does not know, and what was noted of the shard that holds for the model too.
+    """
     # the shard was read as a file by itself, without the prefixes that all the names in it have
-    bare, _ = model_names(names)
+    bare, stripped = model_names(names)
     if missing := [name for name, own in zip(names, bare, strict=True) if own not in table]:
         raise CheckpointError(
             "the index and its shard do not fit: a tensor is not in it",
@@ -154,4 +161,5 @@ def _take(table: StateTable, names: list[str], found: dict[str, TensorState]) ->
         if name in found:
             raise CheckpointError("hostile: a tensor is in two shards", got=printable(name), remedy=_AGAIN)
         found[name] = table[own]
-    return unlisted
+    own_notes = {*stripped, *others_note(table.roots, table.root)}
+    return unlisted, [note for note in table.notes if note not in own_notes]

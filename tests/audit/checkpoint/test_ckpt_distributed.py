@@ -27,10 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from freezekit.audit.checkpoint import distributed, read_checkpoint
+from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.distributed import _check_cover, _Chunk
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.state import DTYPE_SIZES
-from freezekit.errors import CheckpointError
+from freezekit.errors import CheckpointError, SelectionError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
 
@@ -379,11 +380,35 @@ def test_metadata_that_is_something_else(tmp_path, content):
         read_checkpoint(tmp_path / "a")
 
 
-def test_metadata_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "MAX_METADATA_BYTES", 100)
+def test_limits_can_be_set_and_lifted(tmp_path):
     write(tmp_path / "a", good())
-    with pytest.raises(CheckpointError, match="metadata is too long.*more than 100.*dcp_to_torch"):
-        read_checkpoint(tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"holds too many keys .got 1, more than 0.*--no-limits"):
+        read_checkpoint(tmp_path / "a", limits=Limits(keys=0))
+    with pytest.raises(CheckpointError, match=r"metadata is too long .*more than 100.*--no-limits"):
+        read_checkpoint(tmp_path / "a", limits=Limits(pickle_bytes=100))
+    assert list(read_checkpoint(tmp_path / "a", limits=Limits.NONE)) == ["w"]
+
+
+def test_roots_and_training(two_ranks):
+    table = read_checkpoint(two_ranks / "fsdp")
+    assert (table.root, [root.path for root in table.roots]) == ("app.model", ["app.model"])
+    assert table.training.epoch == 3
+    (optimizer,) = table.training.optimizers
+    assert optimizer.path == "app.optim"
+    names = {"0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"}
+    assert set(optimizer.groups[0]) == names
+    assert optimizer.shapes["0.weight"] == (5, 3, 3, 3)
+    assert {step.values().item() for step in optimizer.steps.values()} == {3.0}
+
+
+def test_another_root(tmp_path):
+    net = model()
+    ema = {name: tensor + 1 for name, tensor in net.state_dict().items()}
+    state = {"model": net.state_dict(), "ema": ema}
+    dcp.save(state, checkpoint_id=tmp_path / "a", no_dist=True)
+    assert_same(read_checkpoint(tmp_path / "a", root="ema"), state["ema"])
+    with pytest.raises(SelectionError, match="no such root .got 'emma'.*did you mean 'ema'"):
+        read_checkpoint(tmp_path / "a", root="emma")
 
 
 def test_changed_while_read(tmp_path):
