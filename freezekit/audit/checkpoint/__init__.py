@@ -9,8 +9,9 @@ import os
 from collections.abc import Callable
 from typing import BinaryIO
 
-from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, sniff
-from freezekit.audit.checkpoint.inert import describe
+from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, refused, sniff
+from freezekit.audit.checkpoint.inert import Opaque, describe
+from freezekit.audit.checkpoint.other_formats import other_pickle, text_format
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, PickleDamageError, unpickle
 from freezekit.audit.checkpoint.safetensors import read_safetensors
 from freezekit.audit.checkpoint.torch_legacy import read_legacy
@@ -45,21 +46,26 @@ def read_checkpoint(path: str | os.PathLike[str]) -> StateTable:
 
 def _read_unknown(file: SourceFile, stream: BinaryIO) -> StateTable:
     """Refuse a file of no known format, after a look whether it is a pickle, and what that would run."""
-    head = stream.read(8)
+    head = stream.read(4096)
     stream.seek(0)
     try:
-        pickled = unpickle(LimitedReader(stream, file.size), plain=True)
+        root = unpickle(LimitedReader(stream, file.size), plain=True).root
     except PickleDamageError as error:
         if head.startswith(b"\x80"):
             raise
+        if (other := text_format(head)) is not None:
+            raise refused(other) from error
         raise CheckpointError(
             "not a checkpoint: neither a torch nor a safetensors file",
-            got=f"a file that starts with {head!r}",
+            got=f"a file that starts with {head[:8]!r}",
             remedy="give a .pt, .pth or .safetensors file",
         ) from error
+    maker = root.made_by if isinstance(root, Opaque) else None
+    if (other := other_pickle(root if isinstance(root, dict) else (), str(maker))) is not None:
+        raise refused(other)
     raise CheckpointError(
         "a plain pickle, not written by torch.save",
-        got=describe(pickled.root),
+        got=describe(root),
         remedy="load it where it came from, if you trust that, and save the state dict with torch.save",
     )
 
