@@ -77,8 +77,6 @@ DRIVE = (
 HF_PAGE = '<!doctype html>\n<html class=""><head><meta content="Hugging Face"><link href="https://huggingface.co/x">'
 GITHUB = '<!DOCTYPE html>\n<html lang="en"><head><link rel="x" href="https://github.githubassets.com">GitHub'
 DENIED = '<?xml version="1.0"?>\n<Error><Code>AccessDenied</Code><Message>No</Message></Error>'
-    '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code><Message>No</Message></Error>'
-)
 OPENVINO = '<?xml version="1.0"?>\n<net name="torch_jit" version="11">\n\t<layers>'
 REFUSAL = "a server's refusal, saved in place of the file"
 PAGE = "an HTML or XML page, not a checkpoint: probably an error page saved in its place"
