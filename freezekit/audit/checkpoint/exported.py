@@ -39,7 +39,7 @@ _STRIDED = 7
 _READ = Reader(
     "list of weights in a .pt2 archive",
     "save the program again with torch.export.save, or copy the file again",
-    max_bytes=8 * 2**20,  # JSON takes up to twenty times its length in memory
+    max_bytes=5 * 2**20,  # JSON takes up to forty times its length in memory
     max_text=1000,
 )
 

@@ -208,7 +208,7 @@ def _wide_text(head: bytes) -> Other | None:
     if not head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return None
     text = head[: len(head) // 2 * 2].decode("utf-16", "replace").strip()
-    if not text[:1].isprintable():
+    if not text[:1].isprintable() or sum(map(str.isascii, text)) < len(text) / 2:
         return None
     what = "a text in UTF-16, not a checkpoint: > in PowerShell makes such of any output"
     return Other(what, "let the program write the file itself (-o FILE)", text[:40])
