@@ -73,6 +73,10 @@ def read_exported(archive: Archive, open_pickle: Open) -> StateTable:
     root = next(
         (name.removesuffix("archive_format") for name in names if name.endswith("archive_format")), ""
     )
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        # torch would read its bytes in the wrong order
+        what = "not supported: a .pt2 archive from a big-endian machine"
+        raise CheckpointError(what, remedy="save the state_dict() there with torch.save")
     models = [
         name.removeprefix(f"{root}models/").removesuffix(".json")
         for name in names

@@ -29,7 +29,8 @@ _AGAIN = "download or copy the file again"
 _INSIDE = "unpack it first ({}) and give the file inside"
 _COPY = "load it with {}, copy its weights into the PyTorch model, and torch.save(model.state_dict(), FILE)"
 _TENSORFLOW = _COPY.format("TensorFlow")
-_SCRIPTED = "torch.save(torch.jit.load(FILE).state_dict(), 'state.pt'), then give state.pt"
+# the module is kept: the tensors of a flatbuffer lie in its memory
+_SCRIPTED = "m = torch.jit.load(FILE); torch.save(m.state_dict(), 'state.pt'); then give state.pt"
 _JOBLIB = "load it with joblib, if you trust it, and save the PyTorch model's state_dict() with torch.save"
 _NEW_LINK = "get a new link, or the right to use it, and download the file again"
 _TAR = "if you trust its source: torch.save(torch.load(FILE, weights_only=False), NEW), then give NEW"

@@ -98,7 +98,7 @@ def _find_root(names: Collection[str]) -> str:
     if any(name.count("/") == 1 and name.endswith("/model.json") for name in names):
         raise CheckpointError(
             "not supported: a TorchScript file of torch 1.2 or before",
-            remedy="torch.save(torch.jit.load(FILE).state_dict(), 'state.pt'), then give state.pt",
+            remedy="m = torch.jit.load(FILE); torch.save(m.state_dict(), 'state.pt'); then give state.pt",
         )
     inside = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))]
     if inside:

@@ -169,8 +169,11 @@ def test_weights_inside_compiled_code(old, tmp_path):
     )
 
 
-class Doubled(torch.Tensor):
-    """A subclass whose values are its own."""
+def test_from_a_big_endian_machine(program, tmp_path):
+    torch.export.save(program, tmp_path / "a.pt2")
+    change(tmp_path / "a.pt2", lambda members: members.update(byteorder=b"big"))
+    with pytest.raises(CheckpointError, match="not supported: a .pt2 archive from a big-endian machine"):
+        read_checkpoint(tmp_path / "a.pt2")
 
 
 def test_weights_that_are_pickled(program, tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import pickle
+import struct
 import tarfile
 import zlib
 
@@ -22,7 +23,7 @@ PATH = "check the path"
 NEW_LINK = "get a new link, or the right to use it, and download the file again"
 RE_SAVE = "load it where it came from and save model.state_dict() with torch.save or safetensors"
 JOBLIB = "load it with joblib, if you trust it, and save the PyTorch model's state_dict() with torch.save"
-SCRIPTED = "torch.save(torch.jit.load(FILE).state_dict(), 'state.pt'), then give state.pt"
+SCRIPTED = "m = torch.jit.load(FILE); torch.save(m.state_dict(), 'state.pt'); then give state.pt"
 GIVE = "give a .pt, .pth or .safetensors file"
 
 
@@ -82,12 +83,31 @@ REFUSAL = "a server's refusal, saved in place of the file"
 PAGE = "an HTML or XML page, not a checkpoint: probably an error page saved in its place"
 
 
-def tar(*names):
+def tar(**members):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.PAX_FORMAT) as archive:
-        for name in names:
-            archive.addfile(tarfile.TarInfo(name))
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def of_torch_0_1(values):
+    """What ``torch.save({"w": tensor})`` wrote then."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            return 2 if thing is values else None
+
+    whole = io.BytesIO()
+    Pickler(whole, 2).dump({"w": values})
+    storages = pickle.dumps(1, 2) + pickle.dumps((1, "cpu", torch.FloatStorage), 2)
+    storages += struct.pack(f"<q{len(values)}f", len(values), *values) + pickle.dumps([], 2)
+    tensors = pickle.dumps(1, 2) + pickle.dumps((2, 1, torch.FloatTensor), 2)
+    tensors += struct.pack("<iiqqq", 1, 0, len(values), 1, 0)
+    members = {"sys_info": pickle.dumps({}, 2), "pickle": whole.getvalue()}
+    return tar(**members, storages=storages, tensors=tensors)
 
 
 def npy():
@@ -189,11 +209,11 @@ SUPPORTED = table(
     ),
     (
         "torch 0.1",
-        tar("sys_info", "pickle", "storages", "tensors"),
+        of_torch_0_1([1.5, -2.0, 3.25]),
         "a tar archive of torch 0.1",
         "if you trust its source: torch.save(torch.load(FILE, weights_only=False), NEW), then give NEW",
     ),
-    ("tar", tar("model/weights.pt"), "a tar archive", inside("tar xf")),
+    ("tar", tar(weights=b"x"), "a tar archive", inside("tar xf")),
     ("gzip", gzip.compress(b"x" * 99), "compressed with gzip", inside("gunzip, tar xzf")),
     ("bzip2", b"BZh91AY&SY" + bytes(9), "compressed with bzip2", inside("bunzip2")),
     ("xz", lzma.compress(b"x"), "compressed with xz", inside("unxz")),
@@ -394,6 +414,26 @@ def test_a_download_that_was_broken_off(part, tmp_path):
             f"{tmp_path}/a.crdownload: truncated or damaged: the zip archive's directory at its end cannot "
             f"be read (got no record of its end). Remedy: {AGAIN}"
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_remedy_for_torch_0_1_works(tmp_path):
+    (tmp_path / "old").write_bytes(of_torch_0_1([1.5, -2.0, 3.25]))
+    torch.save(torch.load(tmp_path / "old", weights_only=False), tmp_path / "new")
+    assert read_checkpoint(tmp_path / "new")["w"].values().tolist() == [1.5, -2.0, 3.25]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_remedy_for_a_flatbuffer_works(tmp_path):
+    layer = torch.nn.BatchNorm1d(3)
+    layer.running_mean += 2
+    file = str(tmp_path / "a.ptl")
+    torch.jit.script(layer)._save_for_lite_interpreter(file, _use_flatbuffer=True)
+    with pytest.raises(CheckpointError, match="PyTorch Mobile model in a flatbuffer"):
+        read_checkpoint(file)
+    module = torch.jit.load(file)
+    torch.save(module.state_dict(), tmp_path / "state.pt")
+    assert read_checkpoint(tmp_path / "state.pt")["running_mean"].values().tolist() == [2, 2, 2]
 
 
 def test_real_onnx(tmp_path):
