@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from typing import BinaryIO
 
-from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, sniff
+from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, refused, sniff
 from freezekit.audit.checkpoint.distributed import read_distributed
 from freezekit.audit.checkpoint.folders import checkpoints_in, found_in
-from freezekit.audit.checkpoint.inert import describe
+from freezekit.audit.checkpoint.inert import Opaque, describe
 from freezekit.audit.checkpoint.limits import Limits
+from freezekit.audit.checkpoint.other_formats import other_pickle, text_format
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, PickleDamageError, unpickle
 from freezekit.audit.checkpoint.safetensors import read_safetensors
 from freezekit.audit.checkpoint.sharded import ReadFile, read_deepspeed, read_index
@@ -85,21 +86,26 @@ def _read_folder(source: str, root: str | None, limits: Limits) -> StateTable:
 
 def _read_unknown(file: SourceFile, stream: BinaryIO, root: str | None, limits: Limits) -> StateTable:
     """Refuse a file of no known format, after a look whether it is a pickle, and what that would run."""
-    head = stream.read(8)
+    head = stream.read(4096)
     stream.seek(0)
     try:
-        pickled = unpickle(LimitedReader(stream, file.size), plain=True, limits=limits)
+        found = unpickle(LimitedReader(stream, file.size), plain=True, limits=limits).root
     except PickleDamageError as error:
         if head.startswith(b"\x80"):
             raise
+        if (other := text_format(head)) is not None:
+            raise refused(other) from error
         raise CheckpointError(
             "not a checkpoint: neither a torch nor a safetensors file",
-            got=f"a file that starts with {head!r}",
+            got=f"a file that starts with {head[:8]!r}",
             remedy="give a .pt, .pth or .safetensors file",
         ) from error
+    maker = found.made_by if isinstance(found, Opaque) else None
+    if (other := other_pickle(found if isinstance(found, dict) else (), str(maker))) is not None:
+        raise refused(other)
     raise CheckpointError(
         "a plain pickle, not written by torch.save",
-        got=describe(pickled.root),
+        got=describe(found),
         remedy="load it where it came from, if you trust that, and save the state dict with torch.save",
     )
 

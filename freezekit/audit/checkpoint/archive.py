@@ -17,7 +17,7 @@ from freezekit.errors import CheckpointError
 __all__ = ["MAX_UNPACKED_BYTES", "Archive"]
 
 #: of all the members of one archive that were unpacked, together
-MAX_UNPACKED_BYTES = 32 * 2**20
+MAX_UNPACKED_BYTES = 10 * 2**20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 _STORED, _DEFLATED = 0, 8

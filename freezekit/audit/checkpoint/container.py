@@ -10,10 +10,11 @@ from threading import RLock
 from typing import BinaryIO, Literal
 from weakref import ref
 
+from freezekit.audit.checkpoint.other_formats import Other, other_format
 from freezekit.audit.progress import advance
 from freezekit.errors import CheckpointError, SelectionError
 
-__all__ = ["Kind", "SourceFile", "beside", "guarded", "printable", "sniff"]
+__all__ = ["Kind", "SourceFile", "beside", "guarded", "printable", "refused", "sniff"]
 
 Identity = tuple[int, int, int, int]
 Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
@@ -21,28 +22,8 @@ Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
 #: torch's mark of its pre-1.6 format, 0x1950a86a20f9469cfc6c, as pickle protocols 2 and up write it, and 1
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", b"L119547037146038801333356L\n.")
 _DOWNLOAD = "download or copy the file again"
-
-#: what a file that is no checkpoint starts with, what to call it, what to do instead
-_OTHER_FORMATS: tuple[tuple[int, bytes, str, str], ...] = (
-    (0, b"version https://git-lfs", "a git-LFS pointer, not the file itself", "run `git lfs pull`"),
-    (0, b"PK\x05\x06", "an empty zip archive", "save the checkpoint again"),
-    (0, b"\x1f\x8b", "compressed with gzip", "unpack it first (gunzip, tar xzf) and give the file inside"),
-    (0, b"BZh", "compressed with bzip2", "unpack it first (bunzip2) and give the file inside"),
-    (0, b"\xfd7zXZ\x00", "compressed with xz", "unpack it first (unxz) and give the file inside"),
-    (0, b"\x28\xb5\x2f\xfd", "compressed with zstd", "unpack it first (unzstd) and give the file inside"),
-    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it first and give the file inside"),
-    (0, b"Rar!\x1a\x07", "a rar archive", "unpack it first and give the file inside"),
-    (257, b"ustar", "a tar archive", "unpack it first (tar xf) and give the file inside"),
-    (
-        0,
-        b"\x89HDF\r\n\x1a\n",
-        "an HDF5 file (Keras, h5py)",
-        "convert it to a PyTorch state dict or safetensors",
-    ),
-    (0, b"GGUF", "a GGUF file (llama.cpp)", "use the safetensors file it was converted from"),
-    (0, b"\x93NUMPY", "a numpy array (.npy)", "save a state dict with torch.save or safetensors"),
-    (4, b"TFL3", "a TensorFlow Lite model", "use the PyTorch checkpoint it was exported from"),
-)
+_HEAD_BYTES = 4096
+_TAIL_BYTES = 64
 
 
 def printable(text: str, limit: int = 80) -> str:
@@ -260,7 +241,9 @@ def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
     Raises:
         CheckpointError: it is a known format that holds no PyTorch tensors.
     """
-    head = stream.read(4096)
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(max(0, file.size - _TAIL_BYTES))
+    tail = stream.read(_TAIL_BYTES)
     stream.seek(0)
     if head.startswith(b"PK\x03\x04"):
         return "zip"
@@ -269,21 +252,20 @@ def sniff(file: SourceFile, stream: BinaryIO) -> Kind:
     # the header's length comes first: eight bytes that are no text, or it is JSON with a brace at that place
     if head[8:9] == b"{" and not (head[:8].isascii() and head[:8].decode("ascii").isprintable()):
         return "safetensors"
-    for offset, magic, name, remedy in _OTHER_FORMATS:
-        if head.startswith(magic, offset):
-            raise CheckpointError(f"not supported: {name}", remedy=remedy)
+    if (other := other_format(head, tail, file.size)) is not None:
+        raise refused(other)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(b"<"):
-        what = "an HTML or XML page, not a checkpoint: probably an error page saved in its place"
-        raise CheckpointError(what, got=repr(printable(text[:40].decode("latin-1"))), remedy=_DOWNLOAD)
     if text.startswith(b"{") and b'"weight_map"' in text:
         return "index"
     if text.startswith((b"{", b"[")) and (json := _json_page(text)) is not None:
         raise json
-    if head[0] == 0x08 and 1 <= head[1:2].ljust(1)[0] <= 32 and head[2:3] in (b"\x12", b"\x1a", b":", b"B"):
-        remedy = "use the PyTorch checkpoint it was exported from"
-        raise CheckpointError("not supported: a protobuf file (ONNX)", remedy=remedy)
     return "unknown"
+
+
+def refused(other: Other) -> CheckpointError:
+    """Return the error for what is no checkpoint."""
+    got = None if other.got is None else printable(other.got)
+    return CheckpointError(other.what, got=got, remedy=other.remedy)
 
 
 def _json_page(text: bytes) -> CheckpointError | None:

@@ -38,7 +38,7 @@ _STRIDED = 7
 _READ = Reader(
     "list of weights in a .pt2 archive",
     "save the program again with torch.export.save, or copy the file again",
-    max_bytes=8 * 2**20,  # JSON takes up to twenty times its length in memory
+    max_bytes=5 * 2**20,  # JSON takes up to forty times its length in memory
     max_text=1000,
 )
 
@@ -73,6 +73,10 @@ def read_exported(archive: Archive, open_pickle: Open, root: str | None = None) 
     folder = next(
         (name.removesuffix("archive_format") for name in names if name.endswith("archive_format")), ""
     )
+    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        # torch would read its bytes in the wrong order
+        what = "not supported: a .pt2 archive from a big-endian machine"
+        raise CheckpointError(what, remedy="save the state_dict() there with torch.save")
     models = [
         name.removeprefix(f"{folder}models/").removesuffix(".json")
         for name in names

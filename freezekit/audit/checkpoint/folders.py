@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from freezekit.audit.checkpoint.archive import Archive
-from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
+from freezekit.audit.checkpoint.container import SourceFile, guarded, printable, refused
+from freezekit.audit.checkpoint.other_formats import other_folder
 from freezekit.errors import CheckpointError
 
 __all__ = ["Found", "Run", "RunCheckpoint", "checkpoints_in", "find_run", "found_in", "natural", "place_of"]
@@ -364,6 +365,8 @@ def _checksums(file: SourceFile) -> set[tuple[str, int, int]] | None:
 
 
 def _nothing(names: set[str]) -> CheckpointError:
+    if (other := other_folder(names)) is not None:
+        return refused(other)
     if shards := sorted(name for name in names if _SHARD.search(name)):
         return CheckpointError(
             "shards of a model without their index, so a part of it may be missing",

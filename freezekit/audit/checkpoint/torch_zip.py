@@ -96,6 +96,15 @@ def _find_root(names: Collection[str]) -> str:
         return roots[0]
     if any(name.endswith(".npy") for name in names):
         raise CheckpointError("not supported: numpy arrays (.npz)", remedy=_RE_SAVE)
+    if "model.weights.h5" in names:
+        what = "not supported: a Keras model (.keras)"
+        remedy = "load it with Keras, copy its weights into the PyTorch model, and save model.state_dict()"
+        raise CheckpointError(what, remedy=remedy)
+    if any(name.count("/") == 1 and name.endswith("/model.json") for name in names):
+        raise CheckpointError(
+            "not supported: a TorchScript file of torch 1.2 or before",
+            remedy="m = torch.jit.load(FILE); torch.save(m.state_dict(), 'state.pt'); then give state.pt",
+        )
     inside = [name for name in names if name.endswith((".pt", ".pth", ".ckpt", ".bin", ".safetensors"))]
     if inside:
         what = "not supported: a zip archive around checkpoints"

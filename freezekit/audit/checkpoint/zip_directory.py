@@ -16,7 +16,7 @@ from freezekit.errors import CheckpointError
 __all__ = ["MAX_DIRECTORY_BYTES", "MAX_MEMBERS", "Member", "read_directory"]
 
 #: a torch file has one for each tensor
-MAX_MEMBERS = 250_000
+MAX_MEMBERS = 200_000
 MAX_DIRECTORY_BYTES = 32 * 2**20
 
 _ENTRY = struct.Struct("<4s6H3I5H2I")

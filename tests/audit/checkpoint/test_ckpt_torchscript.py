@@ -234,7 +234,7 @@ BIG = CODE + " " * 40_000_000
 @pytest.mark.parametrize(
     ("raw", "says"),
     [
-        (scripted_bytes(BIG), r"__torch__.py is too long \(got 40000\d\d\d bytes, more than 33554432\)"),
+        (scripted_bytes(BIG), r"__torch__.py is too long \(got 40000\d\d\d bytes, more than 10485760\)"),
         (
             scripted_bytes(BIG).replace(len(BIG).to_bytes(4, "little"), len(CODE).to_bytes(4, "little")),
             "zip member has two sizes",
