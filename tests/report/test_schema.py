@@ -138,3 +138,15 @@ def test_wrong_values_are_refused(key: str, value: object, says: str) -> None:
     del content[key]
     with pytest.raises(jsonschema.ValidationError, match=f"'{key}' is a required property"):
         VALIDATOR.validate(content)
+
+
+def test_the_largest_numbers_stay_numbers(tmp_path: Path) -> None:
+    largest = torch.finfo(torch.float64).max
+    base = {"bn.running_mean": torch.zeros(2).double(), "bn.running_var": torch.zeros(2).double()}
+    torch.save({**base, "bn.weight": torch.ones(2)}, tmp_path / "base.pth")
+    moved = {name: torch.full((2,), largest, dtype=torch.float64) for name in base}
+    torch.save({**moved, "bn.weight": torch.ones(2)}, tmp_path / "moved.pth")
+    report = freezekit.audit_checkpoint(tmp_path / "moved.pth", tmp_path / "base.pth")
+    assert report.layers[0].mean_shift_sigma == 1e308
+    VALIDATOR.validate(json.loads(report.to_json()))
+    assert DriftReport.from_json(report.to_json()) == report
