@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
+from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
 
-__all__ = ["Aligned", "align", "named_as_in"]
+__all__ = ["Aligned", "align", "named_as_in", "renaming"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+Pair = tuple[str, str]
+
+#: what wrappers put into a name, wherever they are in the model
+_WRAPPERS = frozenset(
+    {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+)
+#: parts of names of a copy that is not the model that trains
+_COPIES = frozenset({"ema", "model_ema", "ema_model", "teacher", "momentum", "target", "averaged"})
+#: parts of a name that are looked at from its end, candidates for one name, names that vote
+_DEPTH, _MOST, _SAMPLE = 16, 20, 20_000
 
 
 @dataclass(frozen=True)
@@ -21,62 +35,242 @@ class Aligned:
         base: what it is compared with.
         notes: what was done to the names, after what the readers had to say.
         given: names as the files have them, with what they are here, where they differ.
+        outside: names of what lies in one of the files only, beside the part that both have.
     """
 
     table: StateTable
     base: StateTable
     notes: tuple[str, ...]
     given: dict[str, str] = field(default_factory=dict)
+    outside: frozenset[str] = frozenset()
 
 
 def align(table: StateTable, base: StateTable) -> Aligned:
-    """Strip from either file the prefix by which its names differ from the other's (``model.``, ...)."""
+    """Give the tensors of a checkpoint the names that the base has for them.
+
+    Where one of the files has a prefix that the other has not (``model.``, ``backbone.``), or another, on all
+    its names or on those of a part, it is told by the names that follow it.
+
+    Args:
+        table: the checkpoint.
+        base: what it is compared with.
+
+    Raises:
+        FreezekitError: they have no tensor name in common.
+    """
     notes = tuple(f"{t.source}: {note}" for t in (table, base) for note in t.notes)
-    prefix = _extra_prefix(table, base)
-    given: dict[str, str] = {}
-    if prefix:
-        given = {name: name.removeprefix(prefix) for name in table if name.startswith(prefix)}
-        table = _strip(table, prefix)
-        notes += (f"{table.source}: prefix {prefix!r} stripped to match the base",)
-    elif prefix := _extra_prefix(base, table):
-        given = {name: name.removeprefix(prefix) for name in base if name.startswith(prefix)}
-        base = _strip(base, prefix)
-        notes += (f"{base.source}: prefix {prefix!r} stripped to match the checkpoint",)
-    if not any(name in base for name in table):
+    pairs: list[Pair] = []
+    rename = renaming(list(table), list(base), _shapes(table), _shapes(base), pairs)
+    if not any(rename.get(name, name) in base for name in table):
         raise FreezekitError(
             "the two files have no tensor name in common, so they are not of the same model",
             where=f"{table.source}, {base.source}",
             got=f"{next(iter(table))!r} and {next(iter(base))!r}",
             remedy="give the checkpoint training started from",
         )
-    return Aligned(table, base, notes, given)
+    whole = next(iter(pairs), None)
+    # the shorter of the two names is the one that reports have, and patterns
+    shorter = whole is not None and not whole[0] and all(whole[1] + n == new for n, new in rename.items())
+    given: dict[str, str] = {}
+    left: list[str] = []
+    outside: set[str] = set()
+    if whole is not None and shorter:
+        prefix = whole[1]
+        taken = {name.removeprefix(prefix) for name in base if name.startswith(prefix)}
+        left = [name for name in base if not name.startswith(prefix) and name in taken]
+        given = {name: name.removeprefix(prefix) for name in base if name.startswith(prefix)}
+        outside = {name for name in base if not name.startswith(prefix)}
+        base = _renamed(base, given, left)
+    elif rename:
+        given = rename
+        taken = set(rename.values())
+        left = [name for name in table if name not in rename and name in taken]
+        outside = {name for name in table if name not in rename and name not in base}
+        table = _renamed(table, rename, left)
+    if rename and not pairs:
+        notes += ("names were brought together without what wrappers (DataParallel, torch.compile) put in",)
+    for mine, theirs in pairs:
+        notes += (_note(table, base, mine, theirs),)
+    if left:
+        notes += (f"left out, as prefixes gave their names to others: {_some(left)}",)
+    if pairs and (beside := [name for name in outside if name not in left]):
+        there = table if beside[0] in table else base
+        notes += (f"{there.source}: {len(beside)} tensors lie outside what both files have: {_some(beside)}",)
+    return Aligned(table, base, notes, given, frozenset(outside))
 
 
 def named_as_in(table: StateTable, known: StateTable) -> Callable[[str], str]:
-    """Return how the manifest's names become the file's: by a prefix more or less, or not at all."""
-    if prefix := _extra_prefix(table, known):
-        return lambda name: prefix + name
-    fewer = _extra_prefix(known, table)
-    if fewer and all(name.startswith(fewer) for name in known):
-        return lambda name: name.removeprefix(fewer)
-    return lambda name: name
+    """Return how a manifest's names become the file's."""
+    rename = renaming(list(known), list(table), _shapes(known), _shapes(table))
+    return lambda name: rename.get(name, name)
 
 
-def _extra_prefix(table: StateTable, other: StateTable) -> str:
-    """Return the prefix that makes most of ``table``'s names ``other``'s, or ``""`` if they match without."""
-    votes: Counter[str] = Counter()
-    lasts: dict[str, list[str]] = {}
-    for name in other:
-        lasts.setdefault(".".join(name.rsplit(".", 2)[-2:]), []).append(name)
-    for name in table:
-        for candidate in lasts.get(".".join(name.rsplit(".", 2)[-2:]), [])[:50]:
-            if name == candidate or name.endswith("." + candidate):
-                votes[name[: len(name) - len(candidate)]] += 1
-    return max(votes, key=lambda prefix: (votes[prefix], -len(prefix)), default="")
+def renaming(
+    names: Sequence[str],
+    others: Sequence[str],
+    shapes: Shapes | None = None,
+    other_shapes: Shapes | None = None,
+    pairs: list[Pair] | None = None,
+) -> dict[str, str]:
+    """Return how names become those of another state, by a prefix more, less, or another.
+
+    Args:
+        names: the names.
+        others: those of the other state.
+        shapes: of the tensors, which tell between prefixes that fit alike.
+        other_shapes: likewise.
+        pairs: the prefixes that were taken, and what they became, are added to it.
+
+    Returns:
+        the new name of each name that is to have one.
+
+    >>> renaming(["model.a.weight", "model.b.weight"], ["a.weight", "b.weight"])
+    {'model.a.weight': 'a.weight', 'model.b.weight': 'b.weight'}
+    """
+    there, own = set(others), set(names)
+    if own <= there or there <= own:
+        return {}
+    rename: dict[str, str] = {}
+    found: list[Pair] = [] if pairs is None else pairs
+    bare, other_bare = _bare(names), _bare(others)
+    back = {short: name for name, short in other_bare.items()}
+    here = {short: name for name, short in bare.items()}
+    sizes = {short: shapes[name] for short, name in here.items()} if shapes and other_shapes else {}
+    other_sizes = (
+        {short: other_shapes[name] for short, name in back.items()} if sizes and other_shapes else {}
+    )
+    waiting, free = dict.fromkeys(here), dict.fromkeys(back)
+    for turn in range(6):
+        votes = _votes(waiting, free, sizes, other_sizes)
+        pair = _elected(votes, waiting, free, sizes, other_sizes, strict=turn > 0)
+        if pair is None:
+            break
+        mine, theirs = pair
+        matched = {name: theirs + name.removeprefix(mine) for name in waiting if name.startswith(mine)}
+        # what follows the first prefix is of the same model, whether the other has it or not
+        moving = {
+            name: other
+            for name, other in matched.items()
+            if other in free or (turn == 0 and name not in free)
+        }
+        if mine != theirs:
+            found.append(pair)
+        for name, other in moving.items():
+            rename[here[name]] = back.get(other, other)
+            waiting.pop(name)
+            free.pop(other, None)
+    return {name: other for name, other in rename.items() if name != other}
 
 
-def _strip(table: StateTable, prefix: str) -> StateTable:
-    tensors = [
-        replace(t, name=t.name.removeprefix(prefix)) for t in table.values() if t.name.startswith(prefix)
-    ]
+def _bare(names: Sequence[str]) -> dict[str, str]:
+    """Return the names without what wrappers put into them, where they stay different."""
+    made = {name: ".".join(p for p in name.split(".") if p not in _WRAPPERS) for name in names}
+    counts = Counter(made.values())
+    original = set(names)
+    return {
+        name: short if short and counts[short] == 1 and (short == name or short not in original) else name
+        for name, short in made.items()
+    }
+
+
+def _votes(
+    names: Mapping[str, None], others: Mapping[str, None], sizes: Shapes, other_sizes: Shapes
+) -> Counter[Pair]:
+    """Count, for each pair of prefixes, the names that it would make the same, and of the same shape."""
+    votes: Counter[Pair] = Counter()
+    tails: dict[str, list[str]] = {}
+    for other in islice(others, _SAMPLE):
+        for tail in _tails(other):
+            tails.setdefault(tail, []).append(other)
+    for name in islice(names, _SAMPLE):
+        ends = [tail for tail in _tails(name) if tail in tails]
+        # what has the longest end in common with it, and what is an end of it
+        for other in {*(tails[ends[0]][:_MOST] if ends else ()), *(end for end in ends if end in others)}:
+            alike = bool(sizes) and sizes[name] == other_sizes[other]
+            votes[_prefixes(name, other)] += 2 if alike else 1
+    same = sum(2 if sizes and sizes[n] == other_sizes[n] else 1 for n in names if n in others)
+    if same:
+        votes["", ""] = same
+    return votes
+
+
+def _tails(name: str) -> Iterator[str]:
+    """Yield the ends of a name that may tell what it is, the longest first."""
+    parts = name.split(".")
+    for n in range(min(len(parts), _DEPTH), 1, -1):
+        yield ".".join(parts[-n:])
+    if len(parts) == 1:
+        yield name
+
+
+def _prefixes(name: str, other: str) -> Pair:
+    mine, theirs = name.split("."), other.split(".")
+    while mine and theirs and mine[-1] == theirs[-1]:
+        mine.pop()
+        theirs.pop()
+    return "".join(f"{part}." for part in mine), "".join(f"{part}." for part in theirs)
+
+
+def _elected(
+    votes: Counter[Pair],
+    names: Mapping[str, None],
+    others: Mapping[str, None],
+    sizes: Shapes,
+    other_sizes: Shapes,
+    *,
+    strict: bool,
+) -> Pair | None:
+    """Return the pair with the most votes that makes sense, or ``None``."""
+
+    def rank(pair: Pair) -> tuple[int, bool, bool, int]:
+        parts = [part for prefix in pair for part in prefix.split(".")]
+        return votes[pair], pair == ("", ""), _COPIES.isdisjoint(parts), -len(parts)
+
+    for mine, theirs in sorted(votes, key=rank, reverse=True)[:_MOST]:
+        if mine == theirs:
+            return mine, theirs
+        under = [name for name in names if name.startswith(mine)]
+        there = [name for name in under if theirs + name.removeprefix(mine) in others]
+        alike = [n for n in there if not sizes or sizes[n] == other_sizes[theirs + n.removeprefix(mine)]]
+        if strict:
+            # a part of the model may have a wrapper of its own; another of its parts is not it
+            whole = len(under) if mine else sum(other.startswith(theirs) for other in others)
+            if len(alike) >= 2 and len(alike) == len(there) == whole and _inserted(mine, theirs):
+                return mine, theirs
+        elif mine and theirs:
+            least = max(3, min(len(names), len(others)) // 2)
+            if len(there) >= least and 2 * len(alike) > len(there):
+                return mine, theirs
+        elif 10 * len(there) >= min(len(names), len(others)):
+            return mine, theirs
+    return None
+
+
+def _inserted(mine: str, theirs: str) -> bool:
+    """Tell whether one of two prefixes is the other with parts put in."""
+    shorter, longer = sorted((mine.split("."), theirs.split(".")), key=len)
+    rest = iter(longer)
+    return all(part in rest for part in shorter)
+
+
+def _shapes(table: StateTable) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in table.items()}
+
+
+def _renamed(table: StateTable, names: Mapping[str, str], left: Sequence[str]) -> StateTable:
+    gone = set(left)
+    tensors = [replace(t, name=names.get(name, name)) for name, t in table.items() if name not in gone]
     return table.with_tensors(tensors)
+
+
+def _note(table: StateTable, base: StateTable, mine: str, theirs: str) -> str:
+    if mine and theirs:
+        said = f"prefix '{printable(mine)}' taken for '{printable(theirs)}' of the base"
+        return f"{table.source}: {said}"
+    if mine:
+        return f"{table.source}: prefix '{printable(mine)}' stripped to match the base"
+    return f"{base.source}: prefix '{printable(theirs)}' stripped to match the checkpoint"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(printable, names[:4])) + (", ..." if len(names) > 4 else "")

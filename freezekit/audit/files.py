@@ -15,12 +15,13 @@ from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.frozen_set import differing, frozen_names
 from freezekit.audit.health import health
+from freezekit.audit.pretrained import find_weights
 from freezekit.audit.stale import stale
 from freezekit.audit.state import StateTable
 from freezekit.errors import FreezekitError
 from freezekit.manifest import Manifest
 
-__all__ = ["audit_checkpoint"]
+__all__ = ["audit_checkpoint", "read_base"]
 
 _Path = str | os.PathLike[str]
 
@@ -30,12 +31,14 @@ def audit_checkpoint(
     against: _Path | None = None,
     frozen: str | Iterable[str] | None = None,
     manifest: Manifest | _Path | None = None,
+    root: str | None = None,
 ) -> DriftReport:
     """Audit a checkpoint file, without torch and without executing anything in it.
 
     Alone, its BN layers are listed and their statistics judged (FK4xx). Against the file it was fine-tuned
     from, everything frozen is compared bit for bit (FK1xx). What is frozen is told by ``frozen``; without
-    it, a BN layer counts as frozen if its own parameters did not change at all, which is what
+    it, by a manifest; else by the optimizer state in the file, by what it never held or stepped. Without any
+    of these a layer counts as frozen if its own parameters did not change at all, which is what
     ``requires_grad=False`` leaves behind.
 
     By a manifest, which knows what was frozen and the digest of each of its tensors, it is compared without
@@ -53,10 +56,13 @@ def audit_checkpoint(
     Args:
         path: a ``.pt``/``.pth`` file (zip or legacy), ``.safetensors``, or a saved report, as its content
             tells; several such files, or the folder of a run.
-        against: the file to compare with.
+        against: the file to compare with, or published weights: ``"torchvision:NAME"``,
+            ``"torchvision:NAME/WEIGHTS"``, ``"timm:NAME"``, from the local cache or fetched.
         frozen: names or globs of the frozen layers and tensors; needs ``against``, or several checkpoints.
         manifest: what was frozen: a :class:`freezekit.Manifest`, its file, or a checkpoint that holds one.
             With ``against`` too, that file only says how far things moved.
+        root: which state in the checkpoint, where it holds several: ``"ema"``, ``"state_dict"``. Of the
+            file to compare with, the one of that name too, if it has one.
 
     Returns:
         The report; ``.clean`` says whether anything is wrong.
@@ -104,7 +110,7 @@ def audit_checkpoint(
 
     def judging(first: StateTable | None) -> trend.Judge:
         """Return what compares a checkpoint: with BASE, which is read once, or with the first of a run."""
-        base = read_checkpoint(against) if against is not None else None if told else first
+        base = read_base(against, root) if against is not None else None if told else first
         base = trend.kept(base) if base is not None and len(paths) > 1 else base
 
         def judge(table: StateTable, whole: bool) -> tuple[DriftReport, set[str]]:
@@ -121,10 +127,13 @@ def audit_checkpoint(
 
         return judge
 
+    def read(path: str) -> StateTable:
+        return _read(path, root)
+
     if len(paths) > 1:
         with_base = against is not None or told is not None
-        return trend.audit_run(paths, read_checkpoint, judging, with_base=with_base, notes=notes)
-    table = read_checkpoint(paths[0])
+        return trend.audit_run(paths, read, judging, with_base=with_base, notes=notes)
+    table = read(paths[0])
     if against is None and told is None:
         return saved.with_report_inside(_alone(table), table)
     if table.report is not None:
@@ -147,6 +156,28 @@ def _files_of(path: _Path | Iterable[_Path]) -> tuple[list[str], tuple[str, ...]
     return [checkpoint.path for checkpoint in run.checkpoints], run.notes
 
 
+def read_base(against: _Path, root: str | None = None) -> StateTable:
+    """Read what a checkpoint is compared with: a file, or published weights.
+
+    Args:
+        against: a path, or what :func:`freezekit.audit.pretrained.find_weights` knows.
+        root: which state in it, if it holds one there.
+    """
+    found = find_weights(against)
+    if found is None:
+        return _read(against, root, must=False)
+    table = _read(found[0], root, must=False)
+    table.source = found[1]
+    return table
+
+
+def _read(path: _Path, root: str | None, *, must: bool = True) -> StateTable:
+    table = read_checkpoint(path)
+    if root is not None and must and root != table.root:  # until read_checkpoint takes it
+        raise FreezekitError("another root cannot be read yet", where="root", got=printable(root))
+    return table
+
+
 def _against(
     table: StateTable, base: StateTable, frozen: str | Iterable[str] | None, *, whole: bool
 ) -> tuple[DriftReport, set[str]]:
@@ -157,7 +188,7 @@ def _against(
         notes += (
             f"{table.source} holds a manifest of what was frozen, not used here; --manifest goes by it",
         )
-    names, scope, said = frozen_names(table, base, frozen, given=aligned.given)
+    names, scope, said = frozen_names(table, base, frozen, given=aligned.given, outside=aligned.outside)
     notes += said
     # Files from before torch 0.4.1 have no counters, and some tools strip them: that moves nothing.
     counters = {n for t in (base, table) for n in t if t[n].role == "num_batches_tracked"}
@@ -168,7 +199,7 @@ def _against(
     compared, findings, changed = drift.compare(base, table, names, scatter=whole)
     if whole:
         findings += stale(base, table, () if frozen is None else names)
-        notes += tuple(differing(base, table, names | absent))
+        notes += tuple(differing(base, table, names | absent | aligned.outside))
     report = DriftReport(
         table.source,
         base.source,

@@ -6,11 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 
 from freezekit.audit import manifest as manifests
 from freezekit.audit.bits import close, same_bits
+from freezekit.audit.held import Held, held_by, is_parameter
 from freezekit.audit.state import StateTable
 from freezekit.manifest import Manifest
 from freezekit.patterns import below, select
 
-__all__ = ["differing", "frozen_names", "inferred"]
+__all__ = ["differing", "frozen_names"]
 
 
 def frozen_names(
@@ -20,8 +21,9 @@ def frozen_names(
     manifest: Manifest | None = None,
     *,
     given: Mapping[str, str] | None = None,
+    outside: Collection[str] = (),
 ) -> tuple[set[str], str, tuple[str, ...]]:
-    """Tell which tensors count as frozen: as given, as a manifest says, or by inference, in this order.
+    """Tell which tensors count as frozen: as given, by a manifest, by an optimizer inside, or inferred.
 
     Args:
         table: the checkpoint, under the names that :func:`freezekit.audit.aligning.align` gave it.
@@ -29,6 +31,7 @@ def frozen_names(
         frozen: names or globs.
         manifest: what was frozen; without it the one inside the checkpoint.
         given: names as the files have them, with what they are here, where they differ.
+        outside: names of what lies in one of the files only and so is not missing from the other.
 
     Returns:
         the names, how they were told in words, and notes.
@@ -48,30 +51,136 @@ def frozen_names(
         known, ties = manifests.known_in(manifest, label, table)
         tied = {name for name in known if name not in table and ties.get(name, name) in table}
         return set(known) - tied, f"as {label} says", ()
-    return (*inferred(base, table), ())
+    compared = _Compared(base.with_tensors([t for n, t in base.items() if n not in outside]), table)
+    told, notes = _by_optimizer(compared, given or {})
+    if told is not None:
+        return (*told, notes)
+    return (*_inferred(compared), notes)
 
 
-def inferred(base: StateTable, table: StateTable) -> tuple[set[str], str]:
+class _Compared:
+    """Two states, and which of their parameters are the same; each is compared once."""
+
+    def __init__(self, base: StateTable, table: StateTable) -> None:
+        self.base = base
+        self.table = table
+        self.every = sorted(name for name in base if is_parameter(name, base))
+        self.own: dict[str, list[str]] = {}
+        for name in base:
+            self.own.setdefault(name.rpartition(".")[0], []).append(name)
+        self._same: dict[str, bool] = {}
+
+    def same(self, name: str) -> bool:
+        """Tell whether a parameter is the same in both, but for a cast."""
+        if name not in self._same:
+            self._same[name] = _same(name, self.base, self.table, recast=True, checksums=True)
+        return self._same[name]
+
+    def missing(self, layer: str) -> bool:
+        """Tell whether nothing of a layer is left: it cannot be told to have trained, nor pass for clean."""
+        return not any(name in self.table for name in self.own[layer])
+
+    def buffered(self) -> list[str]:
+        """Return the layers that are no norm layers and have something that an optimizer does not hold."""
+        norms = set(self.base.norm_layers())
+        return [
+            layer
+            for layer, own in self.own.items()
+            if layer not in norms and not all(is_parameter(name, self.base) for name in own)
+        ]
+
+    def parameters(self, layer: str) -> list[str]:
+        """Return the parameters that a layer goes with: its own, or where it has none those beside it."""
+        parameters = below(layer, self.every)
+        while layer and not parameters:
+            layer = layer.rpartition(".")[0]
+            parameters = below(layer, self.every)
+        return parameters
+
+
+def _inferred(compared: _Compared) -> tuple[set[str], str]:
     """Take the layers for frozen whose trainable parameters stayed bit-identical, with their statistics."""
-    own: dict[str, list[str]] = {}
-    for name in base:
-        own.setdefault(name.rpartition(".")[0], []).append(name)
-    every = sorted(name for name, tensor in base.items() if tensor.role == "parameter")
-    layers = base.norm_layers()
     frozen: set[str] = set()
-    kept = 0
+    kept = others = 0
+    layers = compared.base.norm_layers()
     for layer in layers:
-        scope, parameters = layer, below(layer, every)
-        while scope and not parameters:  # a BN without parameters goes with what is beside it
-            scope = scope.rpartition(".")[0]
-            parameters = below(scope, every)
-        same = all(_same(name, base, table, recast=True) for name in parameters)
-        # A layer that is gone cannot be told to have trained, and must not pass for clean.
-        missing = not any(name in table for name in own[layer])
+        same = all(map(compared.same, compared.parameters(layer)))
+        missing = compared.missing(layer)
         kept += same and not missing
         if same or missing:
-            frozen.update(own[layer])
-    return frozen, f"inferred: {kept} of {len(layers)} BN layers kept their parameters bit for bit"
+            frozen.update(compared.own[layer])
+    buffered = compared.buffered()
+    if buffered and not all(map(compared.same, compared.every)):  # else nothing trained at all
+        for layer in buffered:
+            parameters = compared.parameters(layer)
+            if parameters and all(map(compared.same, parameters)) and not compared.missing(layer):
+                others += 1
+                frozen.update(compared.own[layer])
+    beside = f" and {others} other layer{'' if others == 1 else 's'} with buffers" if others else ""
+    return frozen, f"inferred: {kept} of {len(layers)} BN layers{beside} kept their parameters bit for bit"
+
+
+def _by_optimizer(
+    compared: _Compared, given: Mapping[str, str]
+) -> tuple[tuple[set[str], str] | None, tuple[str, ...]]:
+    """Take what no optimizer in the checkpoint ever stepped for frozen, with its buffers; and notes."""
+    base, table = compared.base, compared.table
+    if not table.training.optimizers:
+        return None, ()
+    moved = {name for name in compared.every if name in table and not compared.same(name)}
+    known = held_by(table, moved, given)
+    names, notes = known.parameters, known.notes
+    every = f"{len(names)} parameter{'' if len(names) == 1 else 's'}"
+    who = "the optimizer" if known.matched == 1 else f"the {known.matched} optimizers"
+    never = known.never
+    if not never:
+        if known.matched and set(names) <= known.held:
+            notes += (f"{who} in it held and stepped all {every}, so what was frozen is inferred",)
+        elif known.matched:
+            notes += (f"{who} in it may have held all {every}, so what was frozen is inferred",)
+        return None, notes
+    astray = {name for name in never if name in moved}
+    if 2 * len(astray) > len(never):
+        notes += (
+            f"{who} in it did not hold {len(never)} of {every}, but most of these differ from the base: "
+            "what was frozen is inferred",
+        )
+        return None, notes
+    # a float that no optimizer holds may be a buffer, which its layer writes to by itself
+    unsure = [
+        name
+        for name in names
+        if name in astray and (name.rpartition(".")[2] not in _SURE or _beside(name, known))
+    ]
+    if unsure:
+        shown = ", ".join(unsure[:3]) + (", ..." if len(unsure) > 3 else "")
+        notes += (f"{len(unsure)} not held by {who} differ and may be buffers; name them if frozen: {shown}",)
+    frozen = never - set(unsure)
+    # what nothing tells goes with its layer
+    held = {name.rpartition(".")[0] for name in known.held | moved}
+    layers = {name.rpartition(".")[0] for name in frozen} - held
+    frozen |= {name for name in known.possible - known.held - moved if name.rpartition(".")[0] in layers}
+    count = len(frozen)
+    frozen = {name for one in frozen for name in names[one]}
+    frozen |= {
+        own
+        for layer in [*base.norm_layers(), *compared.buffered()]
+        if (parameters := compared.parameters(layer)) and frozen.issuperset(parameters)
+        for own in compared.own[layer]
+    }
+    gone = {own for layer in base.norm_layers() if compared.missing(layer) for own in compared.own[layer]}
+    did = "stepped" if known.idle else "held"
+    return (frozen | gone, f"{who} in it never {did} them: {count} of {every}"), notes
+
+
+#: last parts of names that are parameters without doubt
+_SURE = frozenset({"weight", "bias", "in_proj_weight", "in_proj_bias", "gamma", "beta"})
+
+
+def _beside(name: str, known: Held) -> bool:
+    """Tell whether a parameter lies beside others of its layer that were held."""
+    layer = name.rpartition(".")[0]
+    return any(other.rpartition(".")[0] == layer for other in known.held)
 
 
 def differing(base: StateTable, table: StateTable, frozen: Collection[str]) -> list[str]:
