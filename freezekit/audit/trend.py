@@ -111,14 +111,14 @@ def audit_run(
     return _merged(run, unit, last, (*told, *notes, *copies), with_base)
 
 
-def kept(table: StateTable) -> StateTable:
-    """Return a table such that what is small in it is read once: statistics and weights of norm layers."""
-    return table.with_tensors(
+def kept(base: StateTable) -> StateTable:
+    """Return the base such that what is small in it is read once: statistics and weights of norm layers."""
+    return base.with_tensors(
         [
             tensor
             if tensor.unsupported or tensor.numel > _SMALL
             else replace(tensor, read=functools.cache(tensor.read))
-            for tensor in table.values()
+            for tensor in base.values()
         ]
     )
 
@@ -156,7 +156,7 @@ class _Files:
         if table is None:
             return None
         try:
-            return _look(path, kept(table), judge)
+            return _look(path, table, judge)
         except CheckpointError as error:
             self.unreadable[path] = error
             return None

@@ -181,9 +181,7 @@ class TestRuns:
 
         base, paths = run(tmp_path, naive, each, lightning=True)
         report = audit_checkpoint(paths, base)
-        assert report.scope == (
-            "inferred: 1 of 2 BN layers kept their parameters bit for bit in all 5 checkpoints"
-        )
+        assert report.scope == ("the optimizer in it never held them: 3 of 8 parameters in all 5 checkpoints")
         assert {finding.name for finding in report.findings} == {"1"}
         shift = shifts(base, paths, "4")[:3]
         assert any(
