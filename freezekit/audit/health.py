@@ -19,6 +19,7 @@ _FIXES = {
 }
 
 
+@np.errstate(invalid="ignore")  # a damaged file may hold a signalling NaN
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # tables and messages
 """Reads what ``corpus.py`` wrote with freezekit, without torch, and compares every value.
 
 python tests/hostile/check_corpus.py FOLDER...

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # tables and messages
 """Writes files of every kind that this torch writes, and what torch itself reads in them. Without freezekit.
 
     python tests/hostile/corpus.py FOLDER
@@ -17,6 +18,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -146,7 +148,7 @@ def of_all_layouts() -> dict[str, torch.Tensor]:
 def of_odd_kinds() -> dict[str, torch.Tensor]:
     """Return tensors of which not all have values that a reader without torch can give."""
     values = torch.randn(3, 4)
-    made = {
+    return {
         "plain": values,
         "sparse_coo": values.to_sparse(),
         "sparse_csr": values.to_sparse_csr(),
@@ -160,7 +162,6 @@ def of_odd_kinds() -> dict[str, torch.Tensor]:
         "neg": torch.randn(3, dtype=torch.complex64).conj().imag,
         "two": TwoTensor(torch.randn(2), torch.randn(2)),
     }
-    return made
 
 
 def nested() -> dict[str, torch.Tensor]:
@@ -270,20 +271,20 @@ def write(folder: Path) -> Expected:
 
 
 def _write_safetensors(states: dict[str, Any], add: Callable[..., None]) -> None:
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save, save_file
 
     for name in ("dtypes", "layouts", "net", "half", "bf16"):
-        tensors = {key: value.detach().clone().contiguous() for key, value in states[name].items()}
+        tensors = {}
+        for key, value in states[name].items():
+            with suppress(Exception):  # a dtype that cannot be copied, or that safetensors has not
+                copy = value.detach().clone().contiguous()
+                save({key: copy})
+                tensors[key] = copy
 
-        def save(path: Path, tensors: dict[str, torch.Tensor] = tensors) -> None:
-            for key in list(tensors):
-                try:
-                    save_file({key: tensors[key]}, path)
-                except Exception:  # a dtype that safetensors has not
-                    del tensors[key]
+        def write_file(path: Path, tensors: dict[str, torch.Tensor] = tensors) -> None:
             save_file(tensors, path, {"format": "pt"})
 
-        add(f"{name}.safetensors", save, load_file)
+        add(f"{name}.safetensors", write_file, load_file)
 
 
 def _save_big_endian(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -295,9 +296,9 @@ def _save_big_endian(state: dict[str, torch.Tensor], path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members:
             if name.endswith("/byteorder"):
-                content = b"big"  # noqa: PLW2901
+                content = b"big"
             elif "/data/" in name:
-                content = b"".join(  # noqa: PLW2901
+                content = b"".join(
                     content[start : start + size][::-1] for start in range(0, len(content), size)
                 )
             archive.writestr(zipfile.ZipInfo(name), content)

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # tables and messages
 """Fuzzes the readers: mutated files are refused in one line, or read as torch and safetensors read them.
 
     python tests/hostile/fuzz.py --format zip --count 200000 --seed 0 --jobs 2

@@ -8,7 +8,7 @@ from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.inert import StorageRef
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
-from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
+from freezekit.audit.checkpoint.tensors import StoredBytes, check_amount, make_tensor
 from freezekit.audit.state import StateTable
 
 __all__ = ["make_table"]
@@ -37,6 +37,7 @@ def make_table(
         make_tensor(name, ref, find, file, state.roles.get(original))
         for name, (original, ref) in zip(names, state.tensors.items(), strict=True)
     ]
+    check_amount(tensors, file)
     if pickled.foreign:
         shown = ", ".join(printable(name) for name in pickled.foreign[:5])
         more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
