@@ -15,6 +15,8 @@ from freezekit.errors import CheckpointError, FreezekitError
 
 __all__ = ["Reader", "whole", "write"]
 
+_MAX_ITEMS = 1_500_000
+
 
 def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
     """Write a file: whole, or what was there stays as it is.
@@ -110,6 +112,10 @@ class Reader:
             self.refuse("it is text", text)
         if len(text) > self.max_bytes:
             raise self.too_long(len(text))
+        items = sum(text.count(mark) for mark in ",[{")
+        if items > _MAX_ITEMS:  # of 32 MB of brackets, Python would make a gigabyte
+            got = f"{items} commas and brackets, more than {_MAX_ITEMS}"
+            raise CheckpointError(f"too long for a {self.thing}", got=got, remedy="check the path")
         try:
             return json.loads(
                 text,

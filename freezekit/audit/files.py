@@ -135,9 +135,6 @@ def audit_checkpoint(
 
         return judge
 
-    def read(path: str) -> StateTable:
-        return _read(path, root)
-
     if len(paths) > 1:
         with_base = against is not None or told is not None
         return trend.audit_run(paths, read, judging, with_base=with_base, notes=notes)
@@ -179,28 +176,6 @@ def _files_of(path: _Path | Iterable[_Path]) -> tuple[list[str], tuple[str, ...]
         return [os.fsdecode(path)], ()
     run = find_run(path)
     return [checkpoint.path for checkpoint in run.checkpoints], run.notes
-
-
-def read_base(against: _Path, root: str | None = None) -> StateTable:
-    """Read what a checkpoint is compared with: a file, or published weights.
-
-    Args:
-        against: a path, or what :func:`freezekit.audit.pretrained.find_weights` knows.
-        root: which state in it, if it holds one there.
-    """
-    found = find_weights(against)
-    if found is None:
-        return _read(against, root, must=False)
-    table = _read(found[0], root, must=False)
-    table.source = found[1]
-    return table
-
-
-def _read(path: _Path, root: str | None, *, must: bool = True) -> StateTable:
-    table = read_checkpoint(path)
-    if root is not None and must and root != table.root:  # until read_checkpoint takes it
-        raise FreezekitError("another root cannot be read yet", where="root", got=printable(root))
-    return table
 
 
 def _against(

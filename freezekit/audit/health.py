@@ -36,6 +36,7 @@ _MOST_SIGMA = 1e3
 _MOST_PARTS = 3
 
 
+@np.errstate(invalid="ignore")  # a damaged file may hold a signalling NaN
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []

@@ -239,4 +239,5 @@ class StateTable(Mapping[str, TensorState]):
     def norm_layers(self) -> list[str]:
         """Return the prefixes of the layers that keep running statistics, in order."""
         means = [name.rpartition(".") for name, t in self.items() if t.role == "running_mean"]
-        return [prefix for prefix, dot, _ in means if f"{prefix}{dot}running_var" in self]
+        # a name that starts with a dot is no layer's: "" is the model itself
+        return [p for p, dot, _ in means if bool(p) == bool(dot) and f"{p}{dot}running_var" in self]

@@ -16,6 +16,7 @@ from freezekit.audit.checkpoint.tensors import (
     MAX_RANK,
     StoredBytes,
     ValueReader,
+    check_amount,
     check_shape,
     unreadable,
 )
@@ -24,8 +25,10 @@ from freezekit.errors import CheckpointError
 
 __all__ = ["MAX_HEADER_BYTES", "read_safetensors"]
 
-#: the format's own bound
-MAX_HEADER_BYTES = 100_000_000
+#: less than the format allows: of one of its 100 MB, Python would make gigabytes
+MAX_HEADER_BYTES = 16 * 2**20
+#: commas and opening brackets; a tensor takes about ten
+_MAX_HEADER_ITEMS = 1_500_000
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -57,7 +60,12 @@ def read_safetensors(
         raise CheckpointError(
             "truncated or hostile: its header is longer than it can be", got=got, remedy=_AGAIN
         )
-    header = _parse(stream.read(length))
+    raw = stream.read(length)
+    items = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if items > _MAX_HEADER_ITEMS:
+        got = f"{items} commas and brackets, more than {_MAX_HEADER_ITEMS}"
+        raise CheckpointError("its header holds more than any checkpoint's", got=got)
+    header = _parse(raw)
     metadata = header.pop("__metadata__", None)
     if len(header) > limits.keys:
         raise too_many_keys(len(header), limits)
@@ -72,6 +80,7 @@ def read_safetensors(
     names, notes = model_names(read.values())
     manifest, report, said = find_texts(metadata)
     tensors = [entries[own].tensor(name, file, start) for own, name in zip(read, names, strict=True)]
+    check_amount(tensors, file)
     notes = [*others_note(roots, path), *notes, *said]
     return StateTable(tensors, file.source, tuple(notes), manifest, report, path, roots)
 

@@ -11,7 +11,7 @@ from freezekit.audit.checkpoint.inert import StorageRef
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
 from freezekit.audit.checkpoint.roots import find_state, find_texts, model_names
-from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
+from freezekit.audit.checkpoint.tensors import StoredBytes, check_amount, make_tensor
 from freezekit.audit.checkpoint.training import find_training
 from freezekit.audit.state import StateTable, TensorState
 
@@ -45,6 +45,7 @@ def make_table(
         make_tensor(name, ref, find, file, state.roles.get(original))
         for name, (original, ref) in zip(names, state.tensors.items(), strict=True)
     ]
+    check_amount(tensors, file)
     if pickled.foreign:
         shown = ", ".join(printable(name) for name in pickled.foreign[:5])
         more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
@@ -75,5 +76,6 @@ def flat_table(
     read, path, roots = choose_network({name: tensor.shape for name, tensor in own.items()}, root)
     names, said = model_names(read.values())
     renamed = [replace(own[name], name=new) for name, new in zip(read, names, strict=True)]
+    check_amount(renamed, file)
     said = [*others_note(roots, path), *said, *notes]
     return StateTable(renamed, file.source, tuple(said), root=path, roots=roots)

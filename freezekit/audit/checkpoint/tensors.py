@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NoReturn
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from freezekit.audit.checkpoint.container import SourceFile, guarded, printable
 from freezekit.audit.checkpoint.inert import StorageRef, TensorRef
 from freezekit.audit.checkpoint.rebuild import STORAGE_SIZES
-from freezekit.audit.state import DTYPE_SIZES, Role, TensorState, role_of
+from freezekit.audit.state import DTYPE_SIZES, STATS, Role, TensorState, role_of
 from freezekit.errors import CheckpointError
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MAX_RANK",
     "StoredBytes",
     "ValueReader",
+    "check_amount",
     "check_shape",
     "make_tensor",
     "sane_shape",
@@ -33,7 +34,13 @@ MAX_NUMEL = 2**40
 #: a tensor may repeat its storage's elements this often ...
 _MAX_REPEATS = 16
 #: ... unless it is this small anyway
-_SMALL_NUMEL = 2**24
+_SMALL_NUMEL = 2**22
+#: bytes of all tensors together that need not be in the file, because they repeat or share its storages
+_SMALL_BYTES = 2**26
+#: bytes that a tensor may be spread over, and how much of it may be gaps, before it is not read
+_MAX_SPREAD, _MAX_GAPS = 2**26, 16
+#: of one layer, and of all
+_MAX_CHANNELS, _MAX_ALL_CHANNELS = 2**20, 2**25
 #: a storage up to this size is read whole once, for its checksum, even if only a slice is asked for
 _CHECK_WHOLE_BYTES = 16 * 2**20
 
@@ -137,6 +144,9 @@ def make_tensor(
             f"ends within its storage's {available} elements",
             f"elements {_shown(offset)} to {_shown(offset + extent)}",
         )
+    if extent * itemsize > _MAX_SPREAD and extent > _MAX_GAPS * numel:
+        reason = f"layout: its {numel} values lie scattered over {extent * itemsize} bytes"
+        return unreadable(name, role, dtype, shape, reason, file)
     if numel > max(_SMALL_NUMEL, _MAX_REPEATS * available):
         _refuse(
             name,
@@ -167,6 +177,31 @@ def check_shape(name: str, shape: tuple[int, ...]) -> int:
     if any(size > MAX_NUMEL for size in shape) or prod(size or 1 for size in shape) >= MAX_NUMEL:
         _refuse(name, f"has fewer than {MAX_NUMEL} elements", f"sizes {', '.join(map(_shown, shape))}")
     return prod(shape)
+
+
+def check_amount(tensors: Sequence[TensorState], file: SourceFile) -> None:
+    """Refuse tensors whose values are together much more than the file, or more than any statistics are.
+
+    Args:
+        tensors: all of a state.
+        file: where they are.
+
+    Raises:
+        CheckpointError: a small file, or a sparse one, would take minutes to look through.
+    """
+    readable = [tensor for tensor in tensors if tensor.unsupported is None]
+    total = sum(tensor.numel * DTYPE_SIZES[tensor.dtype] for tensor in readable)
+    if total > _MAX_REPEATS * file.size + _SMALL_BYTES:
+        raise CheckpointError(
+            f"hostile: its tensors repeat the file's bytes more than {_MAX_REPEATS} times",
+            got=f"{total} bytes of values in a file of {file.size}",
+        )
+    channels = [tensor.numel for tensor in readable if tensor.role in STATS]
+    if max(channels, default=0) > _MAX_CHANNELS or sum(channels) > _MAX_ALL_CHANNELS:
+        raise CheckpointError(
+            "hostile: its running statistics have more channels than any layer's",
+            got=f"{max(channels)} in one, {sum(channels)} in all",
+        )
 
 
 @dataclass(frozen=True, slots=True)
