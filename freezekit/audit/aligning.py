@@ -73,19 +73,19 @@ def align(table: StateTable, base: StateTable) -> Aligned:
     shorter = whole is not None and not whole[0] and all(whole[1] + n == new for n, new in rename.items())
     given: dict[str, str] = {}
     left: list[str] = []
-    outside: set[str] = set()
+    outside: list[str] = []
     if whole is not None and shorter:
         prefix = whole[1]
         taken = {name.removeprefix(prefix) for name in base if name.startswith(prefix)}
         left = [name for name in base if not name.startswith(prefix) and name in taken]
         given = {name: name.removeprefix(prefix) for name in base if name.startswith(prefix)}
-        outside = {name for name in base if not name.startswith(prefix)}
+        outside = [name for name in base if not name.startswith(prefix)]
         base = _renamed(base, given, left)
     elif rename:
         given = rename
         taken = set(rename.values())
         left = [name for name in table if name not in rename and name in taken]
-        outside = {name for name in table if name not in rename and name not in base}
+        outside = [name for name in table if name not in rename and name not in base]
         table = _renamed(table, rename, left)
     if rename and not pairs:
         notes += ("names were brought together without what wrappers (DataParallel, torch.compile) put in",)
@@ -140,25 +140,25 @@ def renaming(
         {short: other_shapes[name] for short, name in back.items()} if sizes and other_shapes else {}
     )
     waiting, free = dict.fromkeys(here), dict.fromkeys(back)
+    first: Pair = "", ""
     for turn in range(6):
         votes = _votes(waiting, free, sizes, other_sizes)
-        pair = _elected(votes, waiting, free, sizes, other_sizes, strict=turn > 0)
+        pair = _elected(votes, waiting, free, sizes, other_sizes, first if turn else None)
         if pair is None:
             break
+        first = first if turn else pair
         mine, theirs = pair
-        matched = {name: theirs + name.removeprefix(mine) for name in waiting if name.startswith(mine)}
-        # what follows the first prefix is of the same model, whether the other has it or not
-        moving = {
-            name: other
-            for name, other in matched.items()
-            if other in free or (turn == 0 and name not in free)
-        }
         if mine != theirs:
             found.append(pair)
-        for name, other in moving.items():
-            rename[here[name]] = back.get(other, other)
-            waiting.pop(name)
-            free.pop(other, None)
+        for name in [name for name in waiting if name.startswith(mine)]:
+            other = theirs + name.removeprefix(mine)
+            if other in free:
+                rename[here[name]] = back[other]
+                del waiting[name], free[other]
+    if first[0] != first[1]:  # what follows the first prefix is of the same model, though the other lacks it
+        for name in waiting:
+            if name.startswith(first[0]) and name not in back:
+                rename[here[name]] = first[1] + name.removeprefix(first[0])
     return {name: other for name, other in rename.items() if name != other}
 
 
@@ -217,14 +217,15 @@ def _elected(
     others: Mapping[str, None],
     sizes: Shapes,
     other_sizes: Shapes,
-    *,
-    strict: bool,
+    first: Pair | None,
 ) -> Pair | None:
-    """Return the pair with the most votes that makes sense, or ``None``."""
+    """Return the pair with the most votes that makes sense, or ``None``; ``first`` is the one before."""
 
-    def rank(pair: Pair) -> tuple[int, bool, bool, int]:
+    def rank(pair: Pair) -> tuple[int, bool, int]:
         parts = [part for prefix in pair for part in prefix.split(".")]
-        return votes[pair], pair == ("", ""), _COPIES.isdisjoint(parts), -len(parts)
+        # the model that trains may have parts wrapped which its copy has not
+        weight = 2 if _COPIES.isdisjoint(parts) else 1
+        return weight * votes[pair], pair == ("", ""), -len(parts)
 
     for mine, theirs in sorted(votes, key=rank, reverse=True)[:_MOST]:
         if mine == theirs:
@@ -232,13 +233,13 @@ def _elected(
         under = [name for name in names if name.startswith(mine)]
         there = [name for name in under if theirs + name.removeprefix(mine) in others]
         alike = [n for n in there if not sizes or sizes[n] == other_sizes[theirs + n.removeprefix(mine)]]
-        if strict:
+        if first is not None:
             # a part of the model may have a wrapper of its own; another of its parts is not it
             whole = len(under) if mine else sum(other.startswith(theirs) for other in others)
-            if len(alike) >= 2 and len(alike) == len(there) == whole and _inserted(mine, theirs):
+            if len(alike) >= 2 and len(alike) == len(there) == whole and _inserted(mine, theirs, first):
                 return mine, theirs
         elif mine and theirs:
-            least = max(3, min(len(names), len(others)) // 2)
+            least = max(3, min(len(names), len(others)) // 3)
             if len(there) >= least and 2 * len(alike) > len(there):
                 return mine, theirs
         elif 10 * len(there) >= min(len(names), len(others)):
@@ -246,8 +247,10 @@ def _elected(
     return None
 
 
-def _inserted(mine: str, theirs: str) -> bool:
-    """Tell whether one of two prefixes is the other with parts put in."""
+def _inserted(mine: str, theirs: str, first: Pair) -> bool:
+    """Tell whether one of two prefixes is the other with parts put in, beside the first pair's difference."""
+    if mine.startswith(first[0]):
+        mine = first[1] + mine.removeprefix(first[0])
     shorter, longer = sorted((mine.split("."), theirs.split(".")), key=len)
     rest = iter(longer)
     return all(part in rest for part in shorter)

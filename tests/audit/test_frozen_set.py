@@ -251,10 +251,7 @@ def test_the_order_of_what_tells() -> None:
         "as the manifest given says",
     )
     after.manifest = manifest.to_json()
-    assert frozen_names(after, base)[:2] == (
-        {"neck.running_mean"},
-        "as the manifest inside it says",
-    )
+    assert frozen_names(after, base)[:2] == ({"neck.running_mean"}, "as the manifest inside it says")
 
 
 def test_patterns_may_have_the_names_of_either_file() -> None:
