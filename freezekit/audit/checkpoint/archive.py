@@ -11,13 +11,14 @@ from collections import Counter
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
-from freezekit.audit.checkpoint.pickle_machine import MAX_PICKLE_BYTES
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.tensors import StoredBytes
 from freezekit.errors import CheckpointError
 
 __all__ = ["Archive"]
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_MAX_DIRECTORY = 32 * 2**20
 _DOWNLOAD = "download or copy the file again"
 
 
@@ -85,12 +86,12 @@ class Archive:
         place = self._start + start + name_length + extra_length
         return StoredBytes(self.file, key, place, member.file_size, crc, swapped)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, limits: Limits = Limits.DEFAULT) -> bytes:
         """Read a small member whole."""
         stored = self.locate(name, name)
-        if stored.nbytes > MAX_PICKLE_BYTES:
-            got = f"{stored.nbytes} bytes, more than {MAX_PICKLE_BYTES}"
-            raise CheckpointError(f"its {printable(name)} is too long", got=got)
+        if stored.nbytes > limits.pickle_bytes:
+            got = f"{stored.nbytes} bytes, more than {limits.pickle_bytes}"
+            raise Limits.hit(f"its {printable(name)} is too long", got)
         data = self.file.pread(stored.offset, stored.nbytes)
         if stored.crc is not None and zlib.crc32(data) != stored.crc:
             raise CheckpointError(f"damaged: checksum of {printable(name)} does not match", remedy=_DOWNLOAD)
@@ -120,7 +121,7 @@ class _Window(io.RawIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         left = max(0, self._length - self.tell())
         wanted = left if size is None or size < 0 else min(size, left)
-        if wanted > MAX_PICKLE_BYTES:
+        if wanted > _MAX_DIRECTORY:
             raise CheckpointError("its zip directory is too long", got=f"{wanted} bytes")
         return self._stream.read(wanted)
 

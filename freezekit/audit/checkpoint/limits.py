@@ -25,8 +25,8 @@ class Limits:
     True
     """
 
-    pickle_bytes: int = 64 * 2**20
-    pickle_work: int = 400_000_000
+    pickle_bytes: int = 32 * 2**20
+    pickle_work: int = 120_000_000
     keys: int = 1_000_000
 
     DEFAULT: ClassVar[Limits]

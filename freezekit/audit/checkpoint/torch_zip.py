@@ -45,7 +45,7 @@ def read_zip(
         raise CheckpointError(
             "its byte order is neither little nor big", got=printable(order[:20].decode("latin-1"))
         )
-    pickled = unpickle(io.BytesIO(archive.read(f"{folder}data.pkl")), limits=limits)
+    pickled = unpickle(io.BytesIO(archive.read(f"{folder}data.pkl", limits)), limits=limits)
     found: dict[str, StoredBytes] = {}
 
     def find(storage: StorageRef) -> StoredBytes:
