@@ -23,8 +23,10 @@ _MAX_MEMO_INDEX = 2**32
 _MAX_NAME = 1_000
 
 # what things cost, in about bytes of memory; a byte of opcodes counts too, for what it leaves on the stack
-_BYTE, _MEMO, _TUPLE, _CONTAINER, _PAIR, _CALL = 8, 80, 48, 64, 60, 300
+_BYTE, _MEMO, _TUPLE, _CONTAINER, _ITEM, _CALL = 10, 80, 48, 64, 100, 200
 
+#: for the time that the rarer opcodes take, and for an object, a global: none is part of a tensor
+_HANDLED, _OBJECT = 64, 600
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 
 _INT32 = struct.Struct("<i").unpack_from
@@ -200,6 +202,7 @@ class _Machine:
             else:
                 handler = _HANDLERS.get(code)
                 if handler is not None:
+                    self.work += _HANDLED
                     handler(self)
                 else:
                     self.with_argument(code, self.argument(code, position))
@@ -215,7 +218,7 @@ class _Machine:
         """Refuse a pickle that would fill the memory, or take minutes."""
         followed = self.source.dropped + position
         if self.work + _BYTE * followed + _MEMO * len(self.memo) > self.room:
-            got = f"a cost of more than {self.room}, where a tensor's is about 2000"
+            got = f"a cost of more than {self.room}, where that of a tensor is about 1500"
             raise Limits.hit("its pickle describes more than a checkpoint's does", got)
 
     def argument(self, code: int, position: int) -> Any:
@@ -247,8 +250,6 @@ class _Machine:
         elif code not in (0x80, 0x95):  # PROTO, FRAME
             self.stack.append(value)
 
-    # the stack and the memo
-
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
         return items
@@ -263,8 +264,6 @@ class _Machine:
         if not 0 <= index < _MAX_MEMO_INDEX:
             raise ValueError("memo index out of range")
         self.memo[index] = self.stack[-1]
-
-    # containers
 
     def add_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -282,7 +281,9 @@ class _Machine:
             target = target.mapping
         if not isinstance(target, dict):
             raise TypeError("a key is set in what is no dict")
-        self.work += _PAIR * (len(flat) + 1)
+        self.work += _ITEM * (len(flat) + 1)
+        if self.work > self.room:
+            self.check()
         fill(target, zip(flat[::2], flat[1::2], strict=True))
 
     def set_item(self) -> None:
@@ -316,7 +317,7 @@ class _Machine:
         if ref is None:
             if len(module) + len(name) > _MAX_NAME:  # what judges it takes its parts apart
                 raise ValueError("a global's name is too long")
-            self.work += _CALL
+            self.work += _OBJECT
             ref = self.globals[module, name] = canonical(module, name)
             if is_foreign(ref) and len(self.foreign) < 1000:
                 self.foreign[str(ref)] = None
@@ -328,13 +329,16 @@ class _Machine:
         if type(args) is tuple and len(args) < 20:
             for arg in args:
                 if type(arg) in (tuple, list, dict) and len(arg) > 8:
-                    self.work += _PAIR * len(arg)
+                    self.work += _ITEM * len(arg)
         elif isinstance(args, tuple):
             sizes = [len(arg) for arg in args if isinstance(arg, tuple | list | dict)]
-            self.work += _PAIR * (len(args) + sum(sizes))
+            self.work += _ITEM * (len(args) + sum(sizes))
         if self.work > self.room:
             self.check()
-        return call(function, args, self.plain)
+        made = call(function, args, self.plain)
+        if type(made) is Opaque:
+            self.work += _OBJECT
+        return made
 
     def reduce(self) -> None:
         args = self.stack.pop()
@@ -344,7 +348,7 @@ class _Machine:
         keywords, args = self.stack.pop(), self.stack.pop()
         if not isinstance(args, tuple):
             raise TypeError("a call's arguments are no tuple")
-        self.work += _PAIR * len(args)
+        self.work += _ITEM * len(args)
         self.stack.append(self.call(self.stack.pop(), (*args, keywords) if keywords else args))
 
     def object_(self) -> None:
@@ -356,8 +360,6 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, Opaque):
             target.state = state
-
-    # what torch keeps beside the pickle
 
     def persistent(self, pid: Any) -> Any:
         self.work += _CALL
