@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, TensorRef
-from freezekit.audit.checkpoint.rebuild import rebuild
+from freezekit.audit.checkpoint.rebuild import rebuild, usual_tensor
 from freezekit.audit.checkpoint.verdicts import is_harmful, is_weapon
 from freezekit.errors import CheckpointError
 
-__all__ = ["as_tuple", "call", "fill"]
+__all__ = ["call", "fill"]
 
 _DICTS = {
     GlobalRef("collections", "OrderedDict"),
@@ -27,11 +27,19 @@ _TYPED_LISTS = {
     GlobalRef("torch.jit._pickle", name)
     for name in ("restore_type_tag", *(f"build_{kind}list" for kind in ("int", "tensor", "double", "bool")))
 }
+_MAX_LAYERS = 16
 _GETATTR = GlobalRef("builtins", "getattr")
 _FROM_TYPE = {
     GlobalRef(module, name)
     for module in ("torch._tensor", "torch.tensor", "torch._utils")
     for name in ("_rebuild_from_type", "_rebuild_from_type_v2")
+}
+
+
+#: what tensors are made of, tried first; ``None`` is for a call that is not of the usual kind
+_QUICK: dict[GlobalRef, Callable[[tuple[Any, ...]], Any]] = {
+    GlobalRef("collections", "OrderedDict"): lambda args: None if args else {},
+    GlobalRef("torch._utils", "_rebuild_tensor_v2"): usual_tensor,
 }
 
 
@@ -47,11 +55,15 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         CheckpointError: the call could do harm.
     """
     args = as_tuple(given)
+    quick = _QUICK.get(function) if type(function) is GlobalRef else None
+    if quick is not None and (made := quick(args)) is not None:
+        return made
     if function == _GETATTR and (nested := _nested_class(args)) is not None:
         return nested
     # each turn unwraps one layer, so that a file cannot make this recurse
     is_parameter = False
-    while isinstance(function, GlobalRef):
+    turns = 0
+    while isinstance(function, GlobalRef) and (turns := turns + 1) < _MAX_LAYERS:
         if function in _FROM_TYPE and len(args) >= 3:
             is_parameter |= args[1] == GlobalRef("torch.nn.parameter", "Parameter")
             function, args = args[0], as_tuple(args[2])
@@ -73,16 +85,17 @@ def call(function: Any, given: Any, plain: bool) -> Any:
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:
-    """Return a call's arguments, which must be a sequence."""
-    if not isinstance(args, tuple | list):
+    """Return a call's arguments, which must be a tuple."""
+    if not isinstance(args, tuple):
         raise TypeError("a call's arguments are no tuple")
-    return tuple(args)
+    return args
 
 
 def fill(target: dict[Any, Any], pairs: Iterable[Any]) -> None:
     """Set items, under keys whose hash can neither recurse nor be made to collide."""
     for key, value in pairs:
-        plain = key is None or type(key) in (str, bytes, bool) or (type(key) is int and abs(key) < 2**60)
+        plain = type(key) is str or key is None or type(key) in (bytes, bool)
+        plain = plain or (type(key) is int and key.bit_length() < 60)  # abs() would copy it
         target[key if plain else Key(key)] = value
 
 

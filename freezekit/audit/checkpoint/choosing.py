@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 
@@ -13,6 +14,7 @@ __all__ = ["choose", "choose_network", "named", "networks", "norms_of", "others_
 
 #: what training code calls networks that need not be built alike
 _ROLES = frozenset(("student", "teacher", "online", "target", "ema", "model_ema", "ema_model"))
+_MAX_NETWORKS = 16
 _SHOWN = 5
 
 
@@ -49,14 +51,16 @@ def networks(shapes: Mapping[str, object]) -> list[str]:
     for layer in layers:
         name = ".".join((*layer, "running_mean"))
         groups.setdefault(layer[common], []).append((".".join(layer[common + 1 :]), _key(shapes[name])))
-    alike = [frozenset(group) for group in groups.values()]
+    built = {part: frozenset(group) for part, group in groups.items()}
+    twins = Counter(built.values())
     found = [
         part
-        for part, built in zip(groups, alike, strict=True)
-        # blocks of a Sequential are built alike too, and have numbers for names
-        if part in _ROLES or (alike.count(built) > 1 and not part.isdecimal())
+        for part in groups
+        # blocks are built alike too, and are numbered
+        if part in _ROLES or (twins[built[part]] > 1 and not part[-1:].isdecimal())
     ]
-    return [".".join((*first[:common], part)) for part in found] if len(groups) > 1 else []
+    few = len(groups) > 1 and len(found) <= _MAX_NETWORKS
+    return [".".join((*first[:common], part)) for part in found] if few else []
 
 
 def _key(shape: object) -> tuple[object, ...]:

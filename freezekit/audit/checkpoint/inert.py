@@ -20,8 +20,11 @@ class GlobalRef:
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # which text remembers; it is asked for at each call
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+
+@dataclass(slots=True, eq=False, repr=False)
 class StorageRef:
     """A tensor's memory, somewhere in the file.
 
@@ -40,7 +43,7 @@ class StorageRef:
     start: int = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
+@dataclass(slots=True, eq=False, repr=False)
 class TensorRef:
     """A tensor as the pickle describes it: nothing in it has been checked yet.
 

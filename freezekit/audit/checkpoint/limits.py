@@ -18,16 +18,20 @@ class Limits:
 
     Args:
         pickle_bytes: bytes of one pickle. Tensors' values are not in it, so real ones have a few MB.
-        pickle_work: what following a pickle may cost, in about bytes of memory. A tensor takes about 2,000.
+        pickle_work: what following a pickle may cost, in about bytes of memory. A tensor takes about 1,500.
         keys: tensors of one state.
+        containers: dicts, lists and objects that are searched for a state.
+        nesting: how deep in each other they are searched.
 
     >>> Limits.DEFAULT.keys < Limits.NONE.keys
     True
     """
 
-    pickle_bytes: int = 64 * 2**20
-    pickle_work: int = 400_000_000
-    keys: int = 1_000_000
+    pickle_bytes: int = 32 * 2**20
+    pickle_work: int = 120_000_000
+    keys: int = 100_000
+    containers: int = 150_000
+    nesting: int = 100
 
     DEFAULT: ClassVar[Limits]
     NONE: ClassVar[Limits]
@@ -41,4 +45,4 @@ class Limits:
 
 
 Limits.DEFAULT = Limits()
-Limits.NONE = Limits(_LIFTED, _LIFTED, _LIFTED)
+Limits.NONE = Limits(_LIFTED, _LIFTED, _LIFTED, _LIFTED, _LIFTED)

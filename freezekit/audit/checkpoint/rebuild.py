@@ -9,7 +9,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
 from freezekit.audit.state import DTYPE_SIZES
 
-__all__ = ["STORAGE_SIZES", "holds_tensor", "rebuild", "storage_dtype"]
+__all__ = ["STORAGE_SIZES", "describe_storage", "holds_tensor", "rebuild", "storage_dtype", "usual_tensor"]
 
 _MODULES = frozenset(("torch._utils", "torch._tensor", "torch.tensor"))
 _STORAGE_DTYPES = {
@@ -42,6 +42,21 @@ def storage_dtype(name: str) -> str:
     ('float32', 'MyStorage')
     """
     return _STORAGE_DTYPES.get(name.rpartition(".")[2], name)
+
+
+def describe_storage(kind: Any, key: Any, location: Any, numel: Any, view: Any = None) -> StorageRef:
+    """Return the storage that a persistent id names.
+
+    Raises:
+        TypeError: it names none.
+    """
+    texts = isinstance(key, str) and isinstance(location, str) and isinstance(kind, GlobalRef)
+    if not texts or type(numel) is not int or numel < 0:
+        raise TypeError("a storage is described wrongly")
+    start = view[1] if isinstance(view, tuple) and len(view) == 3 else 0
+    if type(start) is not int or start < 0:
+        raise TypeError("a storage's view is described wrongly")
+    return StorageRef(key, storage_dtype(kind.name), numel, location, start)
 
 
 def rebuild(function: GlobalRef, args: tuple[Any, ...]) -> TensorRef | None:
@@ -77,6 +92,14 @@ def rebuild(function: GlobalRef, args: tuple[Any, ...]) -> TensorRef | None:
         dtype = _first(args, 7)[6]
         return _lazily(replace(_tensor(*args[:4]), dtype=_dtype(dtype)), args[7:8])
     return _unreadable(_UNSUPPORTED.get(name, f"made by {printable(str(function))}"), args)
+
+
+def usual_tensor(args: tuple[Any, ...]) -> TensorRef | None:
+    """Return what ``_rebuild_tensor_v2`` makes of its usual arguments, or ``None`` for others."""
+    if len(args) != 6 or type(args[0]) is not StorageRef or args[0].location == "meta":
+        return None
+    storage, offset, shape, stride = args[:4]
+    return TensorRef(storage, offset, shape, stride, storage.dtype)
 
 
 def _first(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:

@@ -204,12 +204,14 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
     """Return all that could be a state, in the file's order, by its object's id; walks without recursion."""
     found: dict[int, State] = {}
     seen: set[int] = set()
-    waiting: list[tuple[Any, str]] = [(root, "")]
+    waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
     while waiting:
-        value, path = waiting.pop()
-        if id(value) in seen:
+        value, path, depth = waiting.pop()
+        if id(value) in seen or depth > limits.nesting:
             continue
         seen.add(id(value))
+        if len(seen) > limits.containers:
+            raise Limits.hit("holds too many containers", f"more than {limits.containers}")
         if _is_module(value):
             found[id(value)] = _module_state(value, path, limits)
             continue
@@ -220,7 +222,7 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
             found[id(value)] = state
         inside = [
             # paths serve messages only, and would grow as the square of the nesting
-            (item, f"{path}.{key}".lstrip(".") if len(path) < 200 else path)
+            (item, f"{path}.{key}".lstrip(".") if len(path) < 200 else path, depth + 1)
             for key, item in children(value)
             if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
