@@ -20,6 +20,7 @@ __all__ = ["MAX_UNPACKED_BYTES", "Archive"]
 MAX_UNPACKED_BYTES = 10 * 2**20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+_WINDOW = 4096
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x2041
 _DOWNLOAD = "download or copy the file again"
@@ -49,6 +50,7 @@ class Archive:
     ) -> None:
         self.file = file
         self.limits = limits
+        self._window = 0, b""
         self.stream = stream
         self._start = start
         self._length = file.size - start if length is None else length
@@ -117,7 +119,7 @@ class Archive:
     def _content(self, member: Member) -> int:
         """Return where in the file a member's content starts."""
         raw = member.name.encode("utf-8", "surrogateescape")
-        read = self.file.pread(self._start + member.place, _LOCAL_HEADER.size + len(raw))
+        read = self._header(member.place, _LOCAL_HEADER.size + len(raw))
         header = _LOCAL_HEADER.unpack_from(read)
         magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
         same = magic == b"PK\x03\x04" and method == member.method and name_length == len(raw)
@@ -128,6 +130,15 @@ class Archive:
         if start + member.packed > self._places[bisect_right(self._places, member.place)]:
             raise _misplaced(member.name)
         return self._start + start
+
+    def _header(self, place: int, length: int) -> bytes:
+        """Read a part of the archive, and what comes after it: small members lie close together."""
+        at, window = self._window
+        if not at <= place <= at + len(window) - length:
+            at, longest = place, max(length, _WINDOW)
+            window = self.file.pread(self._start + at, min(longest, self._length - at))
+            self._window = at, window
+        return window[place - at : place - at + length]
 
     def _unpack(self, data: bytes, member: Member) -> bytes:
         self._room -= member.size

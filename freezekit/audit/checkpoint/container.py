@@ -146,8 +146,8 @@ class SourceFile:
             data = os.read(self._descriptor, length)
             while len(data) < length and (more := os.read(self._descriptor, length - len(data))):
                 data += more  # one call reads 2 GB at most
+            # where the path names another file by now, this is still the one that was opened
             self._check(_identity(os.fstat(self._descriptor)))
-            self._check(_identity(os.stat(self.path)))  # the path may name something else by now
         if len(data) != length:
             raise self._changed()
         return data
