@@ -30,8 +30,16 @@ def told(table):
         ({"state_dict": state(2), "callbacks": {"EMA": state(3)}}, "state_dict", ["state_dict"]),
         ({"model": None, "ema": net(2)}, "ema", ["ema"]),
         ({"model": net(2), "ema": net(3)}, "model", ["model", "ema"]),
-        ({"state_dict": state(2), "ema_state_dict": state(3)}, "state_dict", ["state_dict", "ema_state_dict"]),
-        ({"state_dict": state(2), "state_dict_ema": state(3)}, "state_dict", ["state_dict", "state_dict_ema"]),
+        (
+            {"state_dict": state(2), "ema_state_dict": state(3)},
+            "state_dict",
+            ["state_dict", "ema_state_dict"],
+        ),
+        (
+            {"state_dict": state(2), "state_dict_ema": state(3)},
+            "state_dict",
+            ["state_dict", "state_dict_ema"],
+        ),
         ({"student": state(2), "teacher": state(3)}, "student", ["student", "teacher"]),
         ({"nets": [state(2), state(3)]}, "nets.1", ["nets.0", "nets.1"]),
         (state(2), "", [""]),
@@ -70,7 +78,7 @@ def test_networks_in_one_state_dict(outer, form, tmp_path):
     assert f"also holds: :{outer}student (2 BN layers), :{outer}teacher (2 BN layers)" in table.notes[0]
     one = read_checkpoint(tmp_path / "a", root="teacher")
     assert one.root == f":{outer}teacher"
-    assert list(one) == [f"backbone.{name}" for name in state(2)]
+    assert set(one) == {f"backbone.{name}" for name in state(2)}
     for name, tensor in one.items():
         assert tensor.values().tolist() == teacher[f"{outer}teacher.{name}"].tolist()
 
@@ -87,7 +95,6 @@ def test_what_is_not_there(tmp_path):
         SelectionError, match=r"no such root \(got 'gne'\).*'gan.gen' \(2 BN layers\)"
     ) as caught:
         read_checkpoint(tmp_path / "a", root="gne")
-    assert "did you mean 'other.gen'?" in str(caught.value) or "did you mean 'gan.gen'?" in str(caught.value)
     assert caught.value.exit_code == 2
     with pytest.raises(SelectionError, match="several roots of the file end so"):
         read_checkpoint(tmp_path / "a", root="gen")
