@@ -581,6 +581,13 @@ def names_for_the_terminal(path: Path) -> None:
     write_zip(path, body, nan)
 
 
+@hostile(r"checksum of storage 0 \(tensor running_mean\) does not match")
+def zip_statistics_flipped(path: Path) -> None:
+    body = mapping(running_mean=tensor(), running_var=tensor())
+    raw = zip_bytes(torch_members(body, b"flip me, yes"))
+    path.write_bytes(raw.replace(b"flip me, yes", b"flip me, yEs"))
+
+
 @audited
 def statistics_of_odd_shapes(path: Path) -> None:
     empty, scalar = tensor((0,), (1,)), tensor((), ())
