@@ -23,6 +23,10 @@ def told(table):
     return [(root.path, root.norms) for root in table.roots]
 
 
+EMA_OF_MMENGINE = ["state_dict", "ema_state_dict"]
+EMA_OF_TIMM = ["state_dict", "state_dict_ema"]
+
+
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 @pytest.mark.parametrize(
     ("saved", "read", "roots"),
