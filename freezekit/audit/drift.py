@@ -205,7 +205,7 @@ def _scattered(shift: Vector, ratio: Vector) -> tuple[tuple[float, float], ...]:
 def describe_layer(layer: str, table: StateTable, kind: str | None = None) -> LayerDrift:
     """Return a layer's line in the report without a comparison."""
     channels = table[joined(layer, "running_mean")].numel
-    counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
+    counter = table.count(layer)
     return LayerDrift(layer, kind or "BatchNorm", channels, counter)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 import numpy.typing as npt
 
 from freezekit.audit.findings import Finding
 from freezekit.audit.stale import feeders, trained_past
-from freezekit.audit.state import StateTable, counter_value, joined
+from freezekit.audit.state import StateTable, joined
 
 __all__ = ["gone_bad", "health"]
 
@@ -46,20 +48,26 @@ def health(table: StateTable) -> list[Finding]:
         means, variances = _statistics(table, layer)
         if means is None or variances is None:
             continue  # the notes say so
-        counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
+        counter = table.count(layer)
         if counter is not None:
             counters[layer] = counter
-        bad = _bad(layer, means, variances)
-        findings += bad
-        if not means.size or bad:
+        if not means.size:
             continue
-        initial = (means == 0) & (variances == 1) if variances.min() <= 1 <= variances.max() else None
+        # four numbers tell that nothing is wrong with most layers
+        low, high, least, most = map(float, (means.min(), means.max(), variances.min(), variances.max()))
+        if not (least >= 0 and isfinite(most) and isfinite(low) and isfinite(high)):
+            findings += _bad(layer, means, variances)
+            continue
+        initial = (means == 0) & (variances == 1) if least <= 1 <= most else None
         if initial is not None and initial.any():
             findings.append(_untrained(table, layer, initial, counter))
-        if variances.min() < _NO_VARIANCE:
+        if least < _NO_VARIANCE:
             feeding = feeders(table) if feeding is None else feeding
             findings += _without_variance(table, layer, feeding.get(layer), means, variances)
-        findings += _out_of_range(layer, means, variances)
+        size, sigma = max(-low, high), (most + _EPS) ** 0.5
+        usual = _MOST_SIGMA * (least + _EPS) ** 0.5
+        if size + 6 * sigma > _FLOAT16_MAX or max(size, sigma) > 0.99 * usual:  # more than rounding may hide
+            findings += _out_of_range(layer, means, variances)
     if len(set(counters.values())) > 1:
         findings.append(_disagreeing(counters))
     return findings + trained_past(table)

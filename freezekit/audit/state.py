@@ -89,9 +89,19 @@ def decode(raw: bytes, dtype: str) -> npt.NDArray[np.float64]:
     elif dtype == "float8_e4m3fn":
         array = _E4M3FN[np.frombuffer(raw, "u1")]
     else:
-        array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))
+        array = np.frombuffer(raw, _LITTLE[dtype])
+        if array.dtype == np.float64:
+            return array.astype(np.float64, copy=False)
     with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
         return np.asarray(array.real, dtype=np.float64)
+
+
+#: dtypes that numpy has too
+_LITTLE = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in DTYPE_SIZES
+    if not name.startswith(("bfloat", "float8"))
+}
 
 
 def _e4m3fn() -> npt.NDArray[np.float64]:
@@ -172,6 +182,8 @@ def counter_value(counter: TensorState | None) -> int | None:
     """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
     if counter is None or counter.unsupported or counter.numel != 1:
         return None
+    if counter.dtype == "int64":
+        return int.from_bytes(counter.read(), "little", signed=True)
     value = float(counter.values().ravel()[0])
     return int(value) if np.isfinite(value) else None
 
@@ -220,6 +232,7 @@ class StateTable(Mapping[str, TensorState]):
         self.root = root
         self.roots = roots
         self.training = training or Training()
+        self._counts: dict[str, int | None] = {}
 
     def with_tensors(self, tensors: list[TensorState]) -> StateTable:
         """Return the same table with other tensors: renamed, or some of them."""
@@ -235,6 +248,12 @@ class StateTable(Mapping[str, TensorState]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def count(self, layer: str) -> int | None:
+        """Return a layer's ``num_batches_tracked``, or ``None`` where it is absent or no number."""
+        if layer not in self._counts:
+            self._counts[layer] = counter_value(self.get(joined(layer, "num_batches_tracked")))
+        return self._counts[layer]
 
     def norm_layers(self) -> list[str]:
         """Return the prefixes of the layers that keep running statistics, in order."""
