@@ -7,7 +7,6 @@ know the names do. What it finds is read as any other file: nothing is loaded by
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import os
 import re
@@ -138,6 +137,8 @@ def _from_hub(url: str) -> str:
 
 
 def _digest(path: str) -> str:
+    import hashlib  # OpenSSL takes 3 MB, and few audits need a digest
+
     digest = hashlib.sha256()
     with guarded(printable(path, 1000)):
         file = SourceFile.at(path)
