@@ -49,6 +49,7 @@ class State:
         path: where in the file's object it was found.
         roots: all the places in the file that hold a model's state, this one included.
         fault: why it cannot be read, or ``None``.
+        deepest: how deep the file was searched, where there is something deeper in it.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
@@ -57,12 +58,17 @@ class State:
     path: str = ""
     roots: tuple[Root, ...] = ()
     fault: CheckpointError | None = None
+    deepest: int | None = None
 
     def notes(self) -> list[str]:
         """Say what was chosen and what was left out."""
         notes = others_note(self.roots, self.path)
         if self.skipped:
             notes.append(f"skipped entries that are not tensors: {_listed(self.skipped)}")
+        if self.deepest is not None:
+            notes.append(
+                f"what is nested deeper than {self.deepest} was not searched; --no-limits searches it"
+            )
         return notes
 
     @property
@@ -97,11 +103,14 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
         CheckpointError: there is none, or a tensor's key is no string.
         SelectionError: it has no such root as ``wanted``.
     """
-    states = _all_states(root, limits)
+    states, whole = _all_states(root, limits)
     best = _resolve(root, states, 0, set())
     if best is None:  # the first of the longest
         best = max(states.values(), key=lambda state: len(state.tensors), default=None)
     if best is None or not best.tensors:
+        if not whole:
+            got = f"nothing to a depth of {limits.nesting}"
+            raise Limits.hit("holds no tensors that have a name, as far as it was searched", got)
         maker = root.made_by.name if isinstance(root, Opaque) and root.made_by else ""
         remedy = "save model.state_dict() with torch.save or safetensors"
         if maker.endswith(_SETTINGS):  # such as the training_args.bin that transformers saves
@@ -127,6 +136,7 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
     if best.fault is not None:
         raise best.fault
     best.roots = tuple(roots)
+    best.deepest = None if whole else limits.nesting
     return best
 
 
@@ -204,14 +214,21 @@ def _resolve(value: object, states: dict[int, State], depth: int, seen: set[int]
     return best or (own if held and 2 * held >= len(mapping) else None)
 
 
-def _all_states(root: object, limits: Limits) -> dict[int, State]:
-    """Return all that could be a state, in the file's order, by its object's id; walks without recursion."""
+def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
+    """Return all that could be a state, in the file's order, by its object's id, and whether that is all there is.
+
+    It walks without recursion.
+    """
+    whole = True
     found: dict[int, State] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
     while waiting:
         value, path, depth = waiting.pop()
-        if id(value) in seen or depth > limits.nesting:
+        if id(value) in seen:
+            continue
+        if depth > limits.nesting:
+            whole = False
             continue
         seen.add(id(value))
         if len(seen) > limits.containers:
@@ -231,7 +248,7 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
             if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
         waiting += reversed(inside)
-    return found
+    return found, whole
 
 
 def _beside_models(key: str) -> bool:

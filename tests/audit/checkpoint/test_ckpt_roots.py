@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from freezekit.audit.checkpoint import read_checkpoint
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.errors import CheckpointError
 
 W = {"a.weight": torch.full((2,), 1.0), "a.bias": torch.full((3,), 2.0), "bn.running_mean": torch.zeros(2)}
@@ -243,3 +244,15 @@ def test_order_is_the_files(tmp_path):
 def test_names_stay_raw(tmp_path):
     state = {"a\x1b[31m\n": torch.ones(1), "層.weight": torch.ones(1), "": torch.ones(1)}
     assert list(save(state, tmp_path / "a")) == list(state)
+
+
+def test_what_is_nested_too_deep_is_told(tmp_path):
+    deep = {"model": OTHER}
+    for _ in range(101):
+        deep = {"in": deep}
+    table = save({"state_dict": W, "deep": deep}, tmp_path / "a")
+    assert_holds(table, W)
+    assert table.notes == ("what is nested deeper than 100 was not searched; --no-limits searches it",)
+    with pytest.raises(CheckpointError, match=r"as far as it was searched .*--no-limits"):
+        save(deep, tmp_path / "b")
+    assert_holds(read_checkpoint(tmp_path / "b", limits=Limits.NONE), OTHER)
