@@ -215,7 +215,7 @@ def _resolve(value: object, states: dict[int, State], depth: int, seen: set[int]
 
 
 def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
-    """Return all that could be a state, in the file's order, by its object's id, and whether that is all there is.
+    """Return all that could be a state, in order, by its object's id, and whether that is all there is.
 
     It walks without recursion.
     """
