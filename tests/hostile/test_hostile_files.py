@@ -123,24 +123,39 @@ def test_small_file_takes_little_memory(extra, tmp_path):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("change", ["touched", "truncated", "replaced", "removed"])
+@pytest.mark.parametrize("change", ["touched", "truncated"])
 def test_changed_while_reading(change, tmp_path):
     path = tmp_path / "a"
     build.write_zip(path, build.mapping(weight=build.tensor()))
     table = read_checkpoint(path)
     if change == "touched":
         os.utime(path, ns=(0, 0))
-    elif change == "truncated":
-        os.truncate(path, 100)
     else:
-        content = path.read_bytes()
-        path.rename(tmp_path / "old")
-        if change == "replaced":
-            path.write_bytes(content)
-    with pytest.raises(
-        CheckpointError, match="no such file" if change == "removed" else "changed while reading"
-    ):
+        os.truncate(path, 100)
+    with pytest.raises(CheckpointError, match="changed while reading"):
         table["weight"].read()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("change", ["replaced", "removed"])
+def test_another_file_of_its_name_is_never_read(change, form, tmp_path):
+    path = tmp_path / "a"
+    body = build.mapping(weight=build.tensor(of=None if form == "zip" else build.legacy_storage()))
+    if form == "zip":
+        build.write_zip(path, body)
+    else:
+        path.write_bytes(build.legacy_bytes(body))
+    expected = read_checkpoint(path)["weight"].read()
+    table = read_checkpoint(path)
+    content = path.read_bytes()
+    path.rename(tmp_path / "old")
+    if change == "replaced":
+        path.write_bytes(content[:-1] + b"x")
+    try:  # of the file that was opened, if it was kept open
+        assert table["weight"].read() == expected
+    except CheckpointError as error:
+        says = "no such file" if change == "removed" else "changed while reading"
+        assert says in str(error)  # noqa: PT017
 
 
 def test_name_only_is_not_harm(tmp_path):
