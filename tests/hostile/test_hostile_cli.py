@@ -1,4 +1,4 @@
-# ruff: noqa: E501  # tables and messages
+# tables and messages
 """Every hostile file through the command line, each in a process of its own: watched, timed and weighed."""
 
 import json
