@@ -102,12 +102,10 @@ def _bad(layer: str, means: Vector, variances: Vector) -> list[Finding]:
     if bad:
         message = f"{bad} of {means.size + variances.size} values are NaN or infinite"
         findings.append(_finding("FK401", layer, message))
-    negative = int((variances < 0).sum())
-    if negative:
-        worst = f"down to {np.nanmin(variances):.3g}"
-        findings.append(
-            _finding("FK402", layer, f"{negative} of {variances.size} variances are negative, {worst}")
-        )
+    negative = variances[(variances < 0) & ~np.isnan(variances)]  # a complex one may be both
+    if negative.size:
+        told = f"{negative.size} of {variances.size} variances are negative, down to {negative.min():.3g}"
+        findings.append(_finding("FK402", layer, told))
     return findings
 
 

@@ -556,7 +556,7 @@ for _name, _target, _says in (
     ("random", "/dev/urandom", "not a regular file"),
     ("full", "/dev/full", "not a regular file"),
     ("own_input", "/dev/stdin", "not a regular file|no such|cannot read|empty|not a checkpoint"),
-    ("folder_of_processes", "/proc/self/task", "not a regular file"),
+    ("folder_of_processes", "/proc/self/task", "a folder in which no checkpoint was found"),
 ):
     add(f"path_to_{_name}", _says, lambda path, target=_target: path.symlink_to(target))
 

@@ -62,6 +62,8 @@ class Archive:
         if len(self.members) != len(members):
             double, _ = Counter(member.name for member in members).most_common(1)[0]
             raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
+        cases = Counter(member.name.lower() for member in members)
+        self._ambiguous = {name for name, times in cases.items() if times > 1}
         in_order = sorted(members, key=lambda member: member.place)
         self.directory = directory
         #: where each member starts, and the directory after the last one
@@ -99,10 +101,10 @@ class Archive:
         packed = unpack and member.method == _DEFLATED
         if not packed:
             _check_stored(member)
-        limit = self.limits.pickle_bytes if limit is None else limit
-        if member.size > limit:
-            got = f"{member.size} bytes, more than {limit}"
-            raise Limits.hit(f"its {printable(name)} is too long", got)
+        allowed = self.limits.pickle_bytes if limit is None else limit
+        if member.size > allowed:
+            what, got = f"its {printable(name)} is too long", f"{member.size} bytes, more than {allowed}"
+            raise Limits.hit(what, got) if limit is None else CheckpointError(what, got=got)
         data = self.file.pread(self._content(member), member.packed)
         if packed:
             data = self._unpack(data, member)
@@ -114,6 +116,12 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
+        if name.lower() in self._ambiguous:  # torch may find the other one
+            what = "hostile: two names in the zip archive differ by case only"
+            raise CheckpointError(what, got=printable(name))
+        if member.is_folder:  # of which torch reads nothing, and takes what was in the memory before
+            what = "hostile: a member of the zip archive is marked as a folder"
+            raise CheckpointError(what, got=printable(name))
         return member
 
     def _content(self, member: Member) -> int:

@@ -24,8 +24,13 @@ def norms_of(names: Collection[str]) -> list[str]:
     >>> norms_of({"bn.running_mean": 0, "bn.running_var": 0, "bn.weight": 0})
     ['bn']
     """
-    means = [name.removesuffix("running_mean") for name in names if name.endswith("running_mean")]
-    return [layer.removesuffix(".") for layer in means if f"{layer}running_var" in names]
+    means = [name.rpartition(".") for name in names if name.endswith("running_mean")]
+    return [
+        layer
+        for layer, dot, last in means
+        # "bn_running_mean" and ".running_mean" are no layer's, as in StateTable.norm_layers
+        if last == "running_mean" and bool(layer) == bool(dot) and f"{layer}{dot}running_var" in names
+    ]
 
 
 def networks(shapes: Mapping[str, object]) -> list[str]:
@@ -50,7 +55,7 @@ def networks(shapes: Mapping[str, object]) -> list[str]:
     groups: dict[str, list[object]] = {}
     for layer in layers:
         name = ".".join((*layer, "running_mean"))
-        groups.setdefault(layer[common], []).append((".".join(layer[common + 1 :]), _key(shapes[name])))
+        groups.setdefault(layer[common], []).append((".".join(layer[common + 1 :]), _key(shapes.get(name))))
     built = {part: frozenset(group) for part, group in groups.items()}
     twins = Counter(built.values())
     found = [

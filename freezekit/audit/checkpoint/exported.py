@@ -73,7 +73,7 @@ def read_exported(archive: Archive, open_pickle: Open, root: str | None = None) 
     folder = next(
         (name.removesuffix("archive_format") for name in names if name.endswith("archive_format")), ""
     )
-    if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+    if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder", 100) != b"little":
         # torch would read its bytes in the wrong order
         what = "not supported: a .pt2 archive from a big-endian machine"
         raise CheckpointError(what, remedy="save the state_dict() there with torch.save")

@@ -370,9 +370,7 @@ class _Machine:
         if pid[0] == "module" and len(pid) > 1:  # a class with its source code, for whole legacy modules
             return pid[1]
         if pid[0] == "storage" and len(pid) in (5, 6):
-            storage = describe_storage(*pid[1:])
-            self.storages.setdefault(storage.key, storage)
-            return storage
+            return describe_storage(self.storages, *pid[1:])
         raise TypeError("a persistent id of unknown kind")
 
 

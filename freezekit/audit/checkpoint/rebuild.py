@@ -44,11 +44,14 @@ def storage_dtype(name: str) -> str:
     return _STORAGE_DTYPES.get(name.rpartition(".")[2], name)
 
 
-def describe_storage(kind: Any, key: Any, location: Any, numel: Any, view: Any = None) -> StorageRef:
-    """Return the storage that a persistent id names.
+def describe_storage(
+    known: dict[str, StorageRef], kind: Any, key: Any, location: Any, numel: Any, view: Any = None
+) -> StorageRef:
+    """Return the storage that a persistent id names, and note the first mention of each by its key.
 
     Raises:
         TypeError: it names none.
+        ValueError: it names one by another dtype than before.
     """
     texts = isinstance(key, str) and isinstance(location, str) and isinstance(kind, GlobalRef)
     if not texts or type(numel) is not int or numel < 0:
@@ -56,7 +59,11 @@ def describe_storage(kind: Any, key: Any, location: Any, numel: Any, view: Any =
     start = view[1] if isinstance(view, tuple) and len(view) == 3 else 0
     if type(start) is not int or start < 0:
         raise TypeError("a storage's view is described wrongly")
-    return StorageRef(key, storage_dtype(kind.name), numel, location, start)
+    storage = StorageRef(key, storage_dtype(kind.name), numel, location, start)
+    # torch takes the first dtype for all, and never saves two, but of what has no memory
+    if known.setdefault(key, storage).dtype != storage.dtype and numel and location != "meta":
+        raise ValueError("a storage has two dtypes")
+    return storage
 
 
 def rebuild(function: GlobalRef, args: tuple[Any, ...]) -> TensorRef | None:

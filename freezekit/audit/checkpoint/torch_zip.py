@@ -66,7 +66,7 @@ def open_pickle(archive: Archive, folder: str | None = None) -> tuple[Unpickled,
     """
     if folder is None:
         folder = _find_root(archive.members)
-    order = archive.read(f"{folder}byteorder") if f"{folder}byteorder" in archive.members else b"little"
+    order = archive.read(f"{folder}byteorder", 100) if f"{folder}byteorder" in archive.members else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError(
             "its byte order is neither little nor big", got=printable(order[:20].decode("latin-1"))

@@ -24,6 +24,7 @@ _END = struct.Struct("<4s4H2IH")
 _LOCATOR = struct.Struct("<4sIQI")
 _END_64 = struct.Struct("<4sQ2H2I4Q")
 _MAX_COMMENT = 2**16 - 1
+_FOLDER = 0x10  # as DOS marks one, whatever system the archive is from
 _FULL = 2**32 - 1  # the number stands in the zip64 extra field
 _DOWNLOAD = "download or copy the file again"
 
@@ -41,6 +42,7 @@ class Member(NamedTuple):
         packed: bytes that it takes in the archive.
         size: bytes of its content.
         place: where its local header starts.
+        is_folder: whether torch's reader takes it for a folder, and reads nothing of it.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Member(NamedTuple):
     packed: int
     size: int
     place: int
+    is_folder: bool
 
 
 def read_directory(read: Read, length: int) -> tuple[list[Member], int]:
@@ -74,8 +77,8 @@ def read_directory(read: Read, length: int) -> tuple[list[Member], int]:
     for _ in range(count):
         if position + _ENTRY.size > len(data) or data[position : position + 4] != b"PK\x01\x02":
             raise _damaged("an entry of it is missing")
-        _, _, _, flags, method, _, _, crc, packed, full, *lengths, disk, _, _, place = _ENTRY.unpack_from(
-            data, position
+        _, _, _, flags, method, _, _, crc, packed, full, *lengths, disk, _, attributes, place = (
+            _ENTRY.unpack_from(data, position)
         )
         position += _ENTRY.size
         name_end = position + lengths[0]
@@ -90,7 +93,8 @@ def read_directory(read: Read, length: int) -> tuple[list[Member], int]:
             raise _several_parts()
         # torch takes names as they are, whatever the flag for UTF-8 and extra fields say
         name = raw.decode("utf-8", "surrogateescape")
-        members.append(Member(name, flags, method, crc, packed, full, place))
+        is_folder = bool(attributes & _FOLDER)
+        members.append(Member(name, flags, method, crc, packed, full, place, is_folder))
     if position != len(data):
         raise _damaged("it holds more entries than it counts")
     return members, start

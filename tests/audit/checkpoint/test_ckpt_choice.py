@@ -103,3 +103,13 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(SelectionError, match="several roots of the file end so"):
         read_checkpoint(tmp_path / "a", root="gen")
     assert read_checkpoint(tmp_path / "a", root="dis").root == "gan.dis"
+
+
+def test_names_that_only_end_in_a_statistics_name(tmp_path):
+    """They are no layers, so no networks either; this was a KeyError once."""
+    names = [f"bn{index}_running_{what}" for index in (1, 2) for what in ("mean", "var")]
+    names += [f"{layer}running_{what}" for layer in ("", ".", "a.") for what in ("mean", "var")]
+    torch.save({name: torch.full((2,), index + 0.5) for index, name in enumerate(names)}, tmp_path / "a")
+    table = read_checkpoint(tmp_path / "a")
+    assert list(table) == names
+    assert table.norm_layers() == ["", "a"]
