@@ -68,14 +68,15 @@ def _print_schema(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option(
     "--against",
     metavar="BASE",
-    help="The checkpoint that training started from; without it, CKPT is judged alone.",
+    help="The checkpoint that training started from, or published weights, from the local cache or fetched: "
+    "torchvision:NAME[/WEIGHTS], timm:NAME. Without it, CKPT is judged alone.",
 )
 @click.option(
     "--frozen",
     metavar="GLOB",
     multiple=True,
-    help="What must not have changed: a layer, a tensor or a glob; repeatable. Without it, a BN layer counts "
-    "as frozen if its own parameters did not change.",
+    help="What must not have changed: a layer, a tensor or a glob; repeatable. Without it, what a manifest "
+    "in CKPT says, or its optimizer never held; or else the layers whose own parameters did not change.",
 )
 @click.option(
     "--manifest",
@@ -128,19 +129,22 @@ def audit(
     output: str | None,
     quiet: bool,
 ) -> None:
-    """Audit checkpoints: .pt, .pth (zip or legacy) or .safetensors.
+    """Audit checkpoints: what moved though it was frozen, and what is wrong with the statistics.
 
-    Lists the batch-norm layers of CKPT and judges their statistics; with --against, says which frozen
-    layers have drifted since BASE and by how much; with --manifest, whether all that was frozen is as it was
-    then. Several CKPT are a run: the report tells when drift began. Shows a saved report
-    (auditor.report().save(path)) as well, and one inside CKPT. Needs no torch, and executes nothing in
-    the file.
+    CKPT is a file of torch.save (whatever is in it), safetensors, TorchScript or torch.export, an index of
+    shards, or the folder of one of Hugging Face's tools, torch.distributed.checkpoint or DeepSpeed. Several,
+    or the folder of a run, are audited as a run: the report tells when drift began. A saved report is shown.
+
+    Alone, the batch-norm layers of CKPT are listed and judged; with --against, what was frozen is compared
+    bit for bit with BASE; with --manifest, with its digests. Needs no torch, and executes nothing in the
+    files.
 
     \b
     Examples:
       freezekit audit model.pth
       freezekit audit finetuned.pth --against pretrained.pth
       freezekit audit finetuned.pth --against pretrained.pth --frozen 'features.*'
+      freezekit audit finetuned.pth --against torchvision:resnet50
       freezekit audit run/*.ckpt --against pretrained.pth -o drift.html
       freezekit audit finetuned.pth --manifest frozen.json --quiet
       freezekit audit drift.json
@@ -231,7 +235,11 @@ def demo(keep: str | None) -> None:
 @main.command()
 @click.argument("drifted", metavar="DRIFTED")
 @click.option(
-    "--from", "base", metavar="BASE", required=True, help="The checkpoint that training started from."
+    "--from",
+    "base",
+    metavar="BASE",
+    required=True,
+    help="The checkpoint that training started from, as for audit.",
 )
 @click.option(
     "--frozen",
@@ -244,7 +252,7 @@ def demo(keep: str | None) -> None:
     "--manifest", metavar="FILE", help="What was frozen: a manifest's file, or a checkpoint that holds one."
 )
 @click.option(
-    "--root", metavar="KEY", help="Which state to restore where DRIFTED holds several: ema, teacher."
+    "--root", metavar="NAME", help="Which model to restore, in a file that holds several: ema, teacher."
 )
 @click.option(
     "-o",

@@ -9,10 +9,10 @@ from typing import Any
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, TensorRef
 from freezekit.audit.checkpoint.rebuild import rebuild, usual_tensor
-from freezekit.audit.checkpoint.verdicts import is_harmful, is_weapon
+from freezekit.audit.checkpoint.verdicts import is_compiled, is_harmful, is_weapon
 from freezekit.errors import CheckpointError
 
-__all__ = ["call", "fill"]
+__all__ = ["call", "check_adding", "check_state", "fill"]
 
 _DICTS = {
     GlobalRef("collections", "OrderedDict"),
@@ -29,6 +29,9 @@ _TYPED_LISTS = {
 }
 _MAX_LAYERS = 16
 _GETATTR = GlobalRef("builtins", "getattr")
+_OR = GlobalRef("operator", "or_")
+#: attributes that unpickling itself looks up on an object and calls
+_CALLED = ("__setstate__", "append", "extend", "add")
 _FROM_TYPE = {
     GlobalRef(module, name)
     for module in ("torch._tensor", "torch.tensor", "torch._utils")
@@ -65,6 +68,7 @@ def call(function: Any, given: Any, plain: bool) -> Any:
     turns = 0
     while isinstance(function, GlobalRef) and (turns := turns + 1) < _MAX_LAYERS:
         if function in _FROM_TYPE and len(args) >= 3:
+            check_state(None, args[3] if len(args) > 3 else None)
             is_parameter |= args[1] == GlobalRef("torch.nn.parameter", "Parameter")
             function, args = args[0], as_tuple(args[2])
         elif function in _NEW_OBJECT and args:
@@ -80,7 +84,7 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         made = rebuild(function, args)
     if made is None:
         _judge(function, args, plain)
-        return Opaque(function, args)
+        return _unwrapped(function, args) or Opaque(function, args)
     return replace(made, is_parameter=True) if is_parameter and isinstance(made, TensorRef) else made
 
 
@@ -126,19 +130,73 @@ def _judge(function: GlobalRef, args: tuple[Any, ...], plain: bool) -> None:
         raise _harm(str(handed), ())
     if plain and str(function) == "torch.storage._load_from_bytes":
         return
-    if is_harmful(function) and not _only_a_type(function, args):
+    if function.module.startswith("torch.fx.") and "graph_module" in function.name:
+        what = "holds a torch.fx module, whose Python code loading it would run; nothing was executed"
+        raise CheckpointError(
+            what,
+            got=printable(str(function)),
+            remedy="if you trust where it came from, load it there and save model.state_dict()",
+        )
+    if is_harmful(function) and not _only_data(function, args):
         raise _harm(str(function), args)
 
 
-def _only_a_type(function: GlobalRef, args: tuple[Any, ...]) -> bool:
-    """Tell whether a call only names a type or a bound method: ``type(None)``, ``list[int]``, ``getattr``."""
-    if str(function) == "builtins.type":
+def _unwrapped(function: GlobalRef, args: tuple[Any, ...]) -> Opaque | None:
+    """Return the module in ``torch.compile``'s wrapper, which calls its second argument."""
+    if function.name != "OptimizedModule" or not is_compiled(function) or len(args) != 2:
+        return None
+    module, context = args
+    maker = context.made_by if isinstance(context, Opaque) else None
+    if maker is None or not is_compiled(maker) or not isinstance(module, Opaque):
+        raise _harm(str(function), args)
+    return replace(module)  # so that what this is given later does not change the module
+
+
+def check_state(target: Any, state: Any) -> None:
+    """Refuse attributes by which restoring an object's state would run code.
+
+    Args:
+        target: the object; its items may be its attributes.
+        state: what it would be given: attributes, or a pair of which the second is attributes.
+
+    Raises:
+        CheckpointError: it could do harm.
+    """
+    if isinstance(target, GlobalRef):
+        raise _harm(f"new attributes of {target}", ())
+    given = [state, *state[:2]] if isinstance(state, tuple) else [state]
+    if isinstance(target, Opaque):
+        given += [target.mapping, target.state, *target.args[-4:]]
+    if any(isinstance(part, dict) and "__setstate__" in part for part in given):
+        raise _harm("a __setstate__ of its own", ())
+
+
+def check_adding(target: Opaque) -> None:
+    """Refuse to add items to an object that was given its own way to add them.
+
+    Raises:
+        CheckpointError: it could do harm.
+    """
+    parts = [*target.state[:2]] if isinstance(target.state, tuple) else [target.state]
+    if any(isinstance(part, dict) and name in part for part in (*parts, target.mapping) for name in _CALLED):
+        raise _harm("a method of an object's own", ())
+
+
+def _only_data(function: GlobalRef, args: tuple[Any, ...]) -> bool:
+    """Tell whether a call only makes a type, a bound method or an iterator, which depends on of what."""
+    name = str(function)
+    if name == "builtins.type":
         return len(args) == 1 and args[0] is None
-    if str(function) == "operator.getitem" and len(args) == 2 and isinstance(args[0], GlobalRef):
+    if name == "operator.getitem" and len(args) == 2 and isinstance(args[0], GlobalRef):  # list[int]
         return args[0].module in ("typing", "collections.abc", "builtins") and "." not in args[0].name
+    if name == "functools.reduce":  # int | None
+        return len(args) == 2 and args[0] == _OR and isinstance(args[1], list | tuple)
+    if name in ("builtins.iter", "builtins.reversed", "builtins.enumerate", "builtins.zip"):
+        return not any(isinstance(arg, GlobalRef) for arg in args)
     # a hook that is an object's method; calling it, as calling anything opaque, is refused
     if function == _GETATTR and len(args) == 2 and isinstance(args[1], str):
-        return isinstance(args[0], Opaque) and not args[1].startswith("__")
+        plain = not args[1].startswith("__") or args[1] == "__call__"
+        return plain and not isinstance(args[0], GlobalRef)
     return False
 
 

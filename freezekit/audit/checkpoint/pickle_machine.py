@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from freezekit.audit.checkpoint.calls import call, fill
+from freezekit.audit.checkpoint.calls import call, check_adding, check_state, fill
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.decoding import PickleBytes, PickleDamageError
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef
@@ -268,6 +268,7 @@ class _Machine:
     def add_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Opaque):
+            check_adding(target)
             target.items = target.items if target.items is not None else []
             target = target.items
         if not isinstance(target, list):
@@ -358,6 +359,7 @@ class _Machine:
     def build(self) -> None:
         state = self.stack.pop()
         target = self.stack[-1]
+        check_state(target, state)
         if isinstance(target, Opaque):
             target.state = state
 

@@ -32,6 +32,8 @@ _WELL_KNOWN = (
 _BESIDE = frozenset(
     ("opt", "scaler", "grad_scaler", "amp", "rng_state", "rng_states", "callbacks", "loops", "message_hub")
 )
+#: how classes of settings are called
+_SETTINGS = ("Arguments", "Config", "Namespace")
 _MAX_NESTING = 12
 _MAX_MODULES = 100_000
 
@@ -100,11 +102,13 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
     if best is None:  # the first of the longest
         best = max(states.values(), key=lambda state: len(state.tensors), default=None)
     if best is None or not best.tensors:
-        raise CheckpointError(
-            "holds no tensors that have a name",
-            got=describe(root),
-            remedy="save model.state_dict() with torch.save or safetensors",
-        )
+        maker = root.made_by.name if isinstance(root, Opaque) and root.made_by else ""
+        remedy = "save model.state_dict() with torch.save or safetensors"
+        if maker.endswith(_SETTINGS):  # such as the training_args.bin that transformers saves
+            what = "holds the settings of a training, and no tensors"
+            remedy = "give the model's file, such as the model.safetensors beside it"
+            raise CheckpointError(what, got=describe(root), remedy=remedy)
+        raise CheckpointError("holds no tensors that have a name", got=describe(root), remedy=remedy)
     roots: list[Root] = []
     places: dict[str, tuple[State, str | None]] = {}
     for state in states.values():
@@ -287,6 +291,8 @@ def _module_state(module: object, path: str, limits: Limits) -> State:
         if visits > _MAX_MODULES or len(prefix) > 10_000:
             raise CheckpointError("its modules are nested without end", remedy="save model.state_dict()")
         if not _is_module(value):
+            if value is not None:
+                found.skipped.append(prefix.removesuffix("."))
             continue
         parts = value.state
         passing = parts.get("_non_persistent_buffers_set")

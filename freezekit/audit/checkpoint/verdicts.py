@@ -8,7 +8,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
 from freezekit.audit.checkpoint.inert import GlobalRef
 
-__all__ = ["canonical", "is_foreign", "is_harmful", "is_weapon"]
+__all__ = ["canonical", "is_compiled", "is_foreign", "is_harmful", "is_weapon"]
 
 #: modules that newer Pythons have dropped, or that are only there on another system
 _STDLIB = sys.stdlib_module_names | {"distutils", "imp", "asyncore", "pipes", "crypt", "commands", "popen2"}
@@ -27,7 +27,7 @@ _HARMLESS: dict[str, frozenset[str]] = {
     "datetime": _words("date datetime time timedelta timezone"),
     "pathlib": _words("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"),
     "pathlib._local": _words("Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath"),
-    "decimal": _words("Decimal"),
+    "decimal": _words("Decimal Context"),
     "fractions": _words("Fraction"),
     "uuid": _words("UUID SafeUUID"),
     "argparse": _words("Namespace"),
@@ -41,6 +41,24 @@ _HARMLESS: dict[str, frozenset[str]] = {
     "random": _words("Random"),
     "logging": _words("getLogger"),  # how a logger, which whole modules may keep, is pickled
     "enum": _words("Enum IntEnum Flag IntFlag"),
+    "_io": _words("BytesIO StringIO"),
+    "contextlib": _words("nullcontext"),
+    "dataclasses": _words("Field _MISSING_TYPE _HAS_DEFAULT_FACTORY_CLASS"),
+    "inspect": _words("Parameter Signature _ParameterKind"),
+    "string": _words("Template"),
+    "configparser": _words("ConfigParser RawConfigParser"),
+    "statistics": _words("NormalDist"),
+    "ipaddress": _words("IPv4Address IPv6Address IPv4Network IPv6Network"),
+    "urllib.parse": _words("ParseResult SplitResult"),
+    "zoneinfo": _words("ZoneInfo ZoneInfo._unpickle"),
+    "time": _words("struct_time"),
+    "platform": _words("uname_result"),
+    "posix": _words("uname_result stat_result"),
+    "os": _words("uname_result stat_result terminal_size"),
+    "signal": _words("Signals Handlers"),
+    "socket": _words("AddressFamily SocketKind"),
+    "http": _words("HTTPStatus HTTPMethod"),
+    "multiprocessing.context": _words("DefaultContext SpawnContext ForkContext ForkServerContext"),
 }
 
 #: so plainly weapons that even handing one to a harmless callable counts
@@ -69,6 +87,16 @@ _TORCH_CODE_LOADERS = tuple(
         )
     )
 )
+#: what torch.compile wraps a module in: these classes hold data, and only their methods run code
+_COMPILED = frozenset(
+    f"torch._dynamo.{name}" for name in ("eval_frame", "convert_frame", "hooks", "repro.after_dynamo")
+)
+#: torch's classes whose making opens, or whose state unpickles, what it is given
+_TORCH_OPENERS = _words(
+    "PyTorchFileReader PyTorchFileWriter FileStore TCPStore SummaryWriter FileWriter EventFileWriter"
+    " FileBaton FileSystemReader FileSystemWriter PT2ArchiveReader PT2ArchiveWriter"
+    " _DataPipeSerializationWrapper _IterDataPipeSerializationWrapper _MapDataPipeSerializationWrapper"
+)
 #: torch functions that checkpoints call; its classes, which start with a capital, are taken for data
 _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy zeros ones empty full arange")
 _NUMPY_NAMES = re.compile(
@@ -81,7 +109,7 @@ _NUMPY_NAMES = re.compile(
 def canonical(module: str, name: str) -> GlobalRef:
     """Return the global under its Python 3 name: protocol 2 files may say ``__builtin__`` or ``copy_reg``."""
     module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return GlobalRef(module, name)
+    return GlobalRef("operator" if module == "_operator" else module, name)
 
 
 def is_weapon(ref: GlobalRef) -> bool:
@@ -120,15 +148,27 @@ def is_foreign(ref: GlobalRef) -> bool:
     return is_weapon(ref) or (top not in ("torch", "numpy") and top not in _STDLIB)
 
 
+def is_compiled(ref: GlobalRef) -> bool:
+    """Tell whether the global is a class that ``torch.compile`` wraps a module in."""
+    return ref.module in _COMPILED and _is_class(ref.name)
+
+
+def _is_class(name: str) -> bool:
+    return name.rpartition(".")[2].lstrip("_")[:1].isupper()
+
+
 def _torch_harmful(ref: GlobalRef) -> bool:
+    if is_compiled(ref):
+        return False
     if any(ref.module == loader or ref.module.startswith(loader + ".") for loader in _TORCH_CODE_LOADERS):
         return True
     path = f"{ref.module}.{ref.name}"
     if any(path.startswith(loader + ".") for loader in _TORCH_CODE_LOADERS):
         return True
     last = ref.name.rpartition(".")[2]
-    is_class = last.lstrip("_")[:1].isupper()
-    return not (is_class or last in _TORCH_FUNCTIONS or last.startswith("_rebuild_"))
+    if last in _TORCH_OPENERS:
+        return True
+    return not (_is_class(last) or last in _TORCH_FUNCTIONS or last.startswith("_rebuild_"))
 
 
 def _through_modules(ref: GlobalRef) -> GlobalRef:
