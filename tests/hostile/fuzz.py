@@ -774,8 +774,22 @@ def differs(ours: dict[str, list[Any]], theirs: list[dict[str, list[Any]]]) -> s
     return closest
 
 
-def run(name: str, numbers: range, seed: int = 0, keep: Path | None = None) -> Outcome:
-    """Read the mutations with these numbers, and compare what is read."""
+def run(
+    name: str,
+    numbers: range,
+    seed: int = 0,
+    keep: Path | None = None,
+    tell: Callable[[Outcome], None] | None = None,
+) -> Outcome:
+    """Read the mutations with these numbers, and compare what is read.
+
+    Args:
+        name: the format.
+        numbers: the mutations.
+        seed: of all of them.
+        keep: where files go that fail.
+        tell: is told of every 2,000, with the outcome so far.
+    """
     form, outcome = FORMATS[name], Outcome()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="fuzz", dir=memory) as temporary:
@@ -809,8 +823,11 @@ def run(name: str, numbers: range, seed: int = 0, keep: Path | None = None) -> O
                     if problem is None and grown > LIMIT_BYTES // 1024:
                         peak += grown
                         problem = "this one, or one of the 49 before, takes too much memory"
+                if tell is not None and outcome.counts["mutations"] % 2000 == 0:
+                    tell(outcome)
                 if problem is not None:
                     outcome.failures.append((number, problem))
+                    print(f"{name} {seed} {number}: {problem}", flush=True)
                 if keep is not None and (problem is not None or len(numbers) == 1):
                     Case(keep / f"{name}-{seed}-{number}").write(sample)
         finally:
@@ -875,7 +892,18 @@ def _one(form: Format, oracle: Oracle, case: Case, sample: Sample, outcome: Outc
 
 
 def _job(arguments: tuple[str, range, int, Path | None]) -> Outcome:
-    return run(*arguments)
+    name, begin = arguments[0], time.perf_counter()
+
+    def tell(outcome: Outcome) -> None:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        own = sum(part.ru_utime + part.ru_stime for part in used)
+        rate = outcome.counts["mutations"] / (time.perf_counter() - begin)
+        print(
+            f"{name}: {outcome}; {len(outcome.failures)} failures; {rate:.0f}/s, {own:.0f} s of CPU",
+            flush=True,
+        )
+
+    return run(*arguments, tell)
 
 
 def main() -> int:
@@ -886,23 +914,25 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--start", type=int, default=0, help="number of the first mutation")
     parser.add_argument("--only", type=int, help="make this mutation alone")
     parser.add_argument("--keep", type=Path, help="keep the files that fail in this folder")
     parser.add_argument("--oracle", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.oracle:
         serve_oracle(FORMATS[given.format], given.oracle)
-    numbers = range(given.count) if given.only is None else range(given.only, given.only + 1)
-    size = min(20_000, -(-len(numbers) // given.jobs))  # each starts torch anew
-    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    start, count = (given.start, given.count) if given.only is None else (given.only, 1)
+    numbers = range(start, start + count)
+    parts = [(given.format, numbers[job :: given.jobs], given.seed, given.keep) for job in range(given.jobs)]
     total, begin = Outcome(), time.perf_counter()
-    with multiprocessing.Pool(given.jobs, maxtasksperchild=1) as pool:
-        for outcome in pool.imap(_job, [(given.format, part, given.seed, given.keep) for part in parts]):
-            total.add(outcome)
-            for number, problem in outcome.failures:
-                print(f"{given.format} {given.seed} {number}: {problem}", flush=True)
-            rate = total.counts["mutations"] / (time.perf_counter() - begin)
-            print(f"{given.format}: {total}; {len(total.failures)} failures; {rate:.0f}/s", flush=True)
+    if given.jobs == 1:
+        total = _job(parts[0])
+    else:
+        with multiprocessing.Pool(given.jobs, maxtasksperchild=1) as pool:
+            for outcome in pool.imap_unordered(_job, parts):
+                total.add(outcome)
+    rate = total.counts["mutations"] / (time.perf_counter() - begin)
+    print(f"{given.format}: {total}; {len(total.failures)} failures; {rate:.0f}/s", flush=True)
     return 1 if total.failures else 0
 
 

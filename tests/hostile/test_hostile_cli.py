@@ -2,15 +2,19 @@
 """Every hostile file through the command line, each in a process of its own: watched, timed and weighed."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import build_attacks
 import build_hostile as build
 import pytest
+import torch
+from torch.distributed import checkpoint
 
 #: a layer's values, without which nothing can be said of it against another checkpoint
 UNREADABLE = ("scattered_statistics", "statistics_of_odd_dtypes")
@@ -104,6 +108,45 @@ def test_audited_without_harm(run, name, tmp_path):
         check_cost(answer)
         if "json" in more and answer["code"] != 3:
             assert json.loads(answer["out"])["clean"] is (answer["code"] == 0)
+
+
+@pytest.mark.parametrize("form", ["html", "markdown", "json", "table"])
+def test_names_reach_no_terminal_and_no_browser(run, form, tmp_path):
+    path = tmp_path / "ckpt.pt"
+    build_attacks.names_for_the_terminal(path)
+    answer = run("audit", path, "--format", form)
+    assert answer["code"] == 1
+    assert answer["err"] == ""
+    assert "alert(1)" in answer["out"]
+    assert all(line.isprintable() for line in answer["out"].split("\n"))
+    if form in ("html", "markdown"):
+        assert "<script>alert" not in answer["out"]
+    check_cost(answer)
+
+
+@pytest.mark.parametrize("place", ["metadata", "item"])
+def test_a_folder_that_runs_code(run, place, tmp_path):
+    """torch's own reader unpickles both."""
+    (folder := tmp_path / "dcp").mkdir()
+    build.BUILDERS["pickle_runs_reduce" if place == "metadata" else "zip_runs_reduce"](tmp_path / "bad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is one process
+        checkpoint.save({"weight": torch.randn(3), "step": 7}, checkpoint_id=folder, no_dist=True)
+    if place == "metadata":
+        (folder / ".metadata").write_bytes((tmp_path / "bad").read_bytes())
+    else:
+        metadata = pickle.loads((folder / ".metadata").read_bytes())
+        item = next(info for index, info in metadata.storage_data.items() if index.fqn == "step")
+        item.offset, item.length = 0, (tmp_path / "bad").stat().st_size
+        item.relative_path = "__1_0.distcp"
+        (folder / item.relative_path).write_bytes((tmp_path / "bad").read_bytes())
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    answer = run("audit", folder)
+    assert answer["code"] == 3
+    assert answer["err"].count("\n") == 1
+    assert re.search("would run posix.system.*nothing was executed", answer["err"])
+    check_cost(answer)
+    assert not build.canary(tmp_path / "bad").exists()
 
 
 def test_the_watch_sees(run, tmp_path):
