@@ -403,7 +403,7 @@ class TestLeftOut:
     def test_none_is_readable(self, tmp_path: Path, base: Path) -> None:
         for name in "ab":
             (tmp_path / f"{name}.pth").write_bytes(b"nothing")
-        with pytest.raises(CheckpointError, match=r"b\.pth: not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"b\.pth: a text, not a checkpoint"):
             audit_checkpoint([tmp_path / "a.pth", tmp_path / "b.pth"], base)
 
     def test_one_that_is_not_there(self, tmp_path: Path, base: Path) -> None:
