@@ -40,22 +40,24 @@ _MOST_PARTS = 3
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []
-    counters: dict[str, int] = {}
+    counters: dict[str, int] = {}  # of the layers whose counter no other finding tells of
     feeding: dict[str, str] | None = None
     for layer in table.norm_layers():
         means, variances = _statistics(table, layer)
         if means is None or variances is None:
             continue  # the notes say so
         counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
-        if counter is not None:
-            counters[layer] = counter
         bad = _bad(layer, means, variances)
         findings += bad
+        if counter is not None:
+            counters[layer] = counter
         if not means.size or bad:
             continue
         initial = (means == 0) & (variances == 1) if variances.min() <= 1 <= variances.max() else None
         if initial is not None and initial.any():
             findings.append(_untrained(table, layer, initial, counter))
+            if counter == 0:
+                del counters[layer]  # that is told with it
         if variances.min() < _NO_VARIANCE:
             feeding = feeders(table) if feeding is None else feeding
             findings += _without_variance(table, layer, feeding.get(layer), means, variances)
