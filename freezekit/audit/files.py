@@ -14,7 +14,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.frozen_set import differing, frozen_names
+from freezekit.audit.frozen_set import blind_note, differing, frozen_names
 from freezekit.audit.health import health
 from freezekit.audit.pretrained import find_weights
 from freezekit.audit.stale import stale
@@ -196,10 +196,22 @@ def _against(
     names -= absent
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
+    blind = [
+        name
+        for name in base
+        if name in names and name in table and base[name].unsupported and table[name].unsupported
+        and drift.compare_structure(name, base[name], table[name]) is None
+    ]  # fmt: skip
+    scope += f", but for {len(blind)} that cannot be compared" if blind else ""
+    notes += tuple(blind_note(base, blind))
+    names -= set(blind)
     compared, findings, changed = drift.compare(base, table, names, scatter=whole)
+    counted = [layer.batches for layer in compared if layer.batches is not None]
+    if counted and max(counted) < 0:
+        notes += ("the base counted more batches than the checkpoint in every layer: are the two mixed up?",)
     if whole:
         findings += stale(base, table, () if frozen is None else names)
-        notes += tuple(differing(base, table, names | absent | aligned.outside))
+        notes += tuple(differing(base, table, names | absent | set(blind) | aligned.outside))
     report = DriftReport(
         table.source,
         base.source,

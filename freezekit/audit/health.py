@@ -42,7 +42,7 @@ _MOST_PARTS = 3
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []
-    counters: dict[str, int] = {}
+    counters: dict[str, int] = {}  # of the layers whose counter no other finding tells of
     feeding: dict[str, str] | None = None
     for layer in table.norm_layers():
         means, variances = _statistics(table, layer)
@@ -61,6 +61,8 @@ def health(table: StateTable) -> list[Finding]:
         initial = (means == 0) & (variances == 1) if least <= 1 <= most else None
         if initial is not None and initial.any():
             findings.append(_untrained(table, layer, initial, counter))
+            if counter == 0:
+                del counters[layer]  # that is told with it
         if least < _NO_VARIANCE:
             feeding = feeders(table) if feeding is None else feeding
             findings += _without_variance(table, layer, feeding.get(layer), means, variances)

@@ -185,7 +185,7 @@ class TestRuns:
         assert {finding.name for finding in report.findings} == {"1"}
         shift = shifts(base, paths, "4")[:3]
         assert any(
-            note == "1 layer does not count as frozen from some checkpoint on, so was not judged: "
+            note == "1 layer was not frozen to the end, and not judged: "
             f"4 at step 40; before that their mean had moved by up to {max(shift):.3g} sigma"
             for note in report.notes
         )

@@ -77,6 +77,8 @@ def _candidates(root: dict[Any, Any]) -> Iterator[tuple[str, object]]:
             if not isinstance(key, str) or not isinstance(value, dict | list | Opaque):
                 continue
             lowered = key[:200].lower()
+            if "progress" in lowered:  # how far Lightning's loops are, and no optimizer's state
+                continue
             here = f"{path}.{key}" if path else key
             told = "optim" in lowered or lowered == "opt"
             beside = (
