@@ -10,7 +10,7 @@ import numpy as np
 from freezekit.audit.checkpoint.tensors import ValueReader
 from freezekit.audit.state import DTYPE_SIZES, TensorState, counter_value, decode
 
-__all__ = ["close", "difference", "same_bits"]
+__all__ = ["close", "difference", "pieces_of", "same_bits"]
 
 #: elements of a piece
 _PIECE = 2**20
@@ -77,7 +77,7 @@ def _same_digest(before: TensorState, after: TensorState) -> bool:
         return False
     digest = hashlib.sha256()
     if before.dtype == after.dtype:
-        for piece in _pieces(after):
+        for piece in pieces_of(after):
             digest.update(piece)
     else:  # torch counts in int64
         count = counter_value(after)
@@ -91,7 +91,8 @@ def _checksum(tensor: TensorState) -> int | None:
     return tensor.read.checksum if isinstance(tensor.read, ValueReader) else None
 
 
-def _pieces(tensor: TensorState) -> Iterator[bytes]:
+def pieces_of(tensor: TensorState) -> Iterator[bytes]:
+    """Yield a tensor's values a piece at a time."""
     if isinstance(tensor.read, ValueReader):
         return tensor.read.pieces(_PIECE * tensor.read.itemsize)
     return iter([tensor.read()])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from freezekit.audit.bits import pieces_of
 from freezekit.audit.findings import Finding
 from freezekit.audit.stale import feeders, trained_past
-from freezekit.audit.state import StateTable, counter_value, joined
+from freezekit.audit.state import StateTable, TensorState, counter_value, decode, joined
 
 __all__ = ["gone_bad", "health"]
 
@@ -34,6 +35,8 @@ _MOST_GAIN = 100.0
 _FLOAT16_MAX = 65504.0
 _MOST_SIGMA = 1e3
 _MOST_PARTS = 3
+#: elements of the weights that are looked at: a layer has no more channels than 2**20
+_MOST_OF_FILTERS, _MOST_OF_PARAMETER = 2**26, 2**20
 
 
 @np.errstate(invalid="ignore")  # a damaged file may hold a signalling NaN
@@ -133,9 +136,9 @@ def _without_variance(
     weight = _parameter(table, layer, "weight")
     gain = np.ones(dead.size) if weight is None or weight.size != dead.size else np.abs(weight)
     filters = None if feeder is None else table[feeder]
-    if filters is not None and not filters.unsupported:
+    if filters is not None and not filters.unsupported and filters.numel <= _MOST_OF_FILTERS:
         # what decayed to 0, as in many a real file, stays constant whatever comes in
-        gain = gain * np.abs(filters.values().reshape(dead.size, -1)).sum(axis=1)
+        gain = gain * _strengths(filters, dead.size)
     gain = gain / _EPS**0.5
     used = dead & (gain > _MOST_GAIN)
     if not used.any():
@@ -147,6 +150,18 @@ def _without_variance(
         f"is not 0: an input of 1 comes out as up to {gain[used].max():,.0f} if eps is 1e-5"
     )
     return [_finding("FK405", layer, message)]
+
+
+def _strengths(filters: TensorState, channels: int) -> Vector:
+    """Return the sum of the absolute weights of each filter."""
+    found = np.zeros(channels)
+    place = 0
+    for piece in pieces_of(filters):
+        weights = np.abs(decode(piece, filters.dtype))
+        owners = np.arange(place, place + weights.size) // (filters.numel // channels)
+        found += np.bincount(owners, weights, channels)
+        place += weights.size
+    return found
 
 
 def _out_of_range(layer: str, means: Vector, variances: Vector) -> list[Finding]:
@@ -202,27 +217,30 @@ def _disagreeing(counters: dict[str, int]) -> Finding:
 def _parts(counters: dict[str, int]) -> dict[str, int]:
     """Return the counts by the parts of the model that have one only."""
     found: dict[str, int] = {}
-    waiting: list[tuple[str, list[str], int]] = [("", list(counters), 0)]
+    pieces = {layer: layer.split(".") for layer in counters}
+    waiting: list[tuple[list[str], int]] = [(list(counters), 0)]
     while waiting:
-        prefix, layers, depth = waiting.pop()
+        layers, depth = waiting.pop()
         counts = {counters[layer] for layer in layers}
-        if len(counts) == 1 and prefix:
-            found[prefix] = counts.pop()
+        first = pieces[layers[0]]
+        if len(counts) == 1 and depth:
+            found[".".join(first[:depth])] = counts.pop()
             continue
-        children: dict[str, list[str]] = {}
+        children: dict[str | None, list[str]] = {}
         for layer in layers:
-            pieces = layer.split(".")
-            children.setdefault(".".join(pieces[: depth + 1]), []).append(layer)
-        if len(children) == 1 and prefix in children:  # the names end here
+            children.setdefault(next(iter(pieces[layer][depth : depth + 1]), None), []).append(layer)
+        if children.keys() == {None}:  # the names end here
             found |= {layer: counters[layer] for layer in layers}
             continue
-        waiting += reversed([(name, inside, depth + 1) for name, inside in children.items()])
+        waiting += reversed([(inside, depth + 1) for inside in children.values()])
     return found
 
 
 def _parameter(table: StateTable, layer: str, own: str) -> Vector | None:
     tensor = table.get(joined(layer, own))
-    return None if tensor is None or tensor.unsupported else tensor.values().ravel()
+    if tensor is None or tensor.unsupported or tensor.numel > _MOST_OF_PARAMETER:
+        return None
+    return tensor.values().ravel()
 
 
 def _some(which: npt.NDArray[np.bool_]) -> str:

@@ -62,6 +62,9 @@ class Archive:
         if len(self.members) != len(members):
             double, _ = Counter(member.name for member in members).most_common(1)[0]
             raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
+        # torch finds members whatever the case of their names, so it may find another one
+        cases = Counter(map(str.lower, self.members))
+        self._doubles = {name for name, times in cases.items() if times > 1}
         in_order = sorted(members, key=lambda member: member.place)
         self.directory = directory
         #: where each member starts, and the directory after the last one
@@ -114,6 +117,9 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
+        if name.lower() in self._doubles:
+            what = "hostile: a name is in the zip archive twice, in upper and lower case"
+            raise CheckpointError(what, got=printable(name))
         return member
 
     def _content(self, member: Member) -> int:

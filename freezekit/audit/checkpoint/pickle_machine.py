@@ -11,9 +11,9 @@ from typing import IO, Any
 from freezekit.audit.checkpoint.calls import call, fill
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.decoding import PickleBytes, PickleDamageError
-from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef
+from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
 from freezekit.audit.checkpoint.limits import Limits
-from freezekit.audit.checkpoint.rebuild import describe_storage
+from freezekit.audit.checkpoint.rebuild import describe_storage, with_state
 from freezekit.audit.checkpoint.verdicts import canonical, is_foreign
 
 __all__ = ["LimitedReader", "PickleDamageError", "Unpickled", "unpickle"]
@@ -304,8 +304,6 @@ class _Machine:
         self.stack.append({})
         self.set_items(flat)
 
-    # globals and calls
-
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
@@ -360,6 +358,8 @@ class _Machine:
         target = self.stack[-1]
         if isinstance(target, Opaque):
             target.state = state
+        if isinstance(target, TensorRef):
+            target.unsupported = with_state(target, (state,)).unsupported
 
     def persistent(self, pid: Any) -> Any:
         self.work += _CALL
@@ -369,7 +369,9 @@ class _Machine:
             return pid[1]
         if pid[0] == "storage" and len(pid) in (5, 6):
             storage = describe_storage(*pid[1:])
-            self.storages.setdefault(storage.key, storage)
+            known = self.storages.setdefault(storage.key, storage)
+            if known.dtype != storage.dtype:  # torch would go by the first
+                raise ValueError(f"storage {storage.key} has two dtypes")
             return storage
         raise TypeError("a persistent id of unknown kind")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from functools import lru_cache
 
 from freezekit.audit.checkpoint.inert import GlobalRef
 
@@ -54,7 +55,7 @@ _WEAPON_BUILTINS = _words(
 )
 _WEAPON_NAMES = _words(
     "system popen Popen eval exec execfile __import__ import_module run_path run_module CDLL PyDLL"
-    " check_output check_call getoutput getstatusoutput runstring"
+    " check_output check_call getoutput getstatusoutput runstring read_pickle unsafe_load"
 )
 #: third-party packages whose callables rebuild or fetch code
 _CODE_LOADERS = _words("cloudpickle dill pip setuptools pkg_resources IPython")
@@ -68,6 +69,12 @@ _TORCH_CODE_LOADERS = tuple(
             " utils.bottleneck utils.benchmark"
         )
     )
+)
+#: torch classes that open a file or a connection when an object of them is made
+_TORCH_ACTING = _words(
+    "TCPStore FileStore PrefixStore MPIStore PyTorchFileReader PyTorchFileWriter ScriptModuleSerializer FileOpener"
+    " FileLister SummaryWriter FileWriter FileSystem FileSystemReader FileSystemWriter ShareMemory PackageImporter"
+    " PackageExporter ProcessGroupGloo ProcessGroupNCCL ProcessGroupMPI DeserializationStorageContext"
 )
 #: torch functions that checkpoints call; its classes, which start with a capital, are taken for data
 _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy zeros ones empty full arange")
@@ -84,6 +91,7 @@ def canonical(module: str, name: str) -> GlobalRef:
     return GlobalRef(module, name)
 
 
+@lru_cache(4096)  # one name may be handed to calls a million times
 def is_weapon(ref: GlobalRef) -> bool:
     """Tell whether the global runs code or touches the system, so that no data has a reason to name it."""
     ref = _through_modules(ref)
@@ -110,6 +118,7 @@ def is_harmful(ref: GlobalRef) -> bool:
         return _torch_harmful(ref)
     if top == "numpy":
         loaders = ref.module.startswith(("numpy.testing", "numpy.distutils", "numpy.f2py"))
+        loaders |= ref.name.rpartition(".")[2] in ("DataSource", "Repository", "NpzFile")
         return loaders or _NUMPY_NAMES.fullmatch(ref.name) is None
     return False
 
@@ -128,6 +137,8 @@ def _torch_harmful(ref: GlobalRef) -> bool:
         return True
     last = ref.name.rpartition(".")[2]
     is_class = last.lstrip("_")[:1].isupper()
+    if last in _TORCH_ACTING:
+        return True
     return not (is_class or last in _TORCH_FUNCTIONS or last.startswith("_rebuild_"))
 
 
