@@ -34,7 +34,8 @@ def same_bits(before: TensorState, after: TensorState, *, checksums: bool = Fals
         return _same_digest(before, after)
     if before.dtype != after.dtype:
         is_counter = before.role == after.role == "num_batches_tracked"
-        return is_counter and counter_value(before) == counter_value(after)
+        counts = counter_value(before), counter_value(after)
+        return is_counter and counts[0] is not None and counts[0] == counts[1]
     if before.unsupported != after.unsupported:
         return False
     sums = _checksum(before), _checksum(after)

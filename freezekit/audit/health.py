@@ -6,17 +6,19 @@ import numpy as np
 import numpy.typing as npt
 
 from freezekit.audit.bits import pieces_of
+from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import Finding
 from freezekit.audit.stale import feeders, trained_past
 from freezekit.audit.state import StateTable, TensorState, counter_value, decode, joined
 
-__all__ = ["gone_bad", "health"]
+__all__ = ["gone_bad", "health", "unjudged"]
 
 Vector = npt.NDArray[np.float64]
 
 _FIXES = {
+    "FK105": "take the layer from a checkpoint that is right: no batch-norm layer has both",
     "FK401": "restore the statistics from the base checkpoint, or recalibrate them on clean data",
-    "FK402": "restore the statistics from the base checkpoint: a variance cannot be negative",
+    "FK402": "restore the statistics from the base checkpoint: neither variances nor counts are negative",
     "FK403": "calibrate the layer, or load the weights this file was meant to hold",
     "FK404": "harmless if part of the model was frozen; otherwise the file mixes two models",
     "FK405": "nothing while the inputs are as in training; else set the weight of these channels to 0, or "
@@ -46,14 +48,19 @@ def health(table: StateTable) -> list[Finding]:
     counters: dict[str, int] = {}
     feeding: dict[str, str] | None = None
     for layer in table.norm_layers():
+        mean, var = (table[joined(layer, own)] for own in ("running_mean", "running_var"))
+        if mean.numel != var.numel:
+            sizes = f"running_mean has shape {list(mean.shape)} and running_var {list(var.shape)}"
+            findings.append(_finding("FK105", layer, sizes))
         means, variances = _statistics(table, layer)
         if means is None or variances is None:
-            continue  # the notes say so
-        counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
+            continue  # unjudged() tells of it
+        tensor = table.get(joined(layer, "num_batches_tracked"))
+        counter = counter_value(tensor)
         if counter is not None:
             counters[layer] = counter
         bad = _bad(layer, means, variances)
-        findings += bad
+        findings += bad + _bad_counter(layer, tensor, counter)
         if not means.size or bad:
             continue
         initial = (means == 0) & (variances == 1) if variances.min() <= 1 <= variances.max() else None
@@ -66,6 +73,30 @@ def health(table: StateTable) -> list[Finding]:
     if len(set(counters.values())) > 1:
         findings.append(_disagreeing(counters))
     return findings + trained_past(table)
+
+
+def unjudged(table: StateTable) -> list[str]:
+    """Say which statistics are not judged: those that cannot be read, and those without the other half."""
+    unread: dict[str, str] = {}
+    alone = []
+    for name, tensor in table.items():
+        layer, _, own = name.rpartition(".")
+        if own not in ("running_mean", "running_var"):
+            continue
+        if joined(layer, "running_var" if own == "running_mean" else "running_mean") not in table:
+            alone.append(name)
+        elif tensor.unsupported or tensor.dtype.startswith("complex"):
+            unread[name] = tensor.unsupported or f"dtype {tensor.dtype}"
+    notes = []
+    if unread:
+        name, reason = next(iter(unread.items()))
+        notes.append(f"not judged: {printable(name)} ({reason}){_more(len(unread) - 1)}")
+    if alone:
+        notes.append(
+            f"not judged: {printable(alone[0])}{_more(len(alone) - 1)}, as a layer has running_mean and "
+            "running_var or neither"
+        )
+    return notes
 
 
 def gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
@@ -104,6 +135,14 @@ def _bad(layer: str, means: Vector, variances: Vector) -> list[Finding]:
             _finding("FK402", layer, f"{negative} of {variances.size} variances are negative, {worst}")
         )
     return findings
+
+
+def _bad_counter(layer: str, tensor: TensorState | None, counter: int | None) -> list[Finding]:
+    if counter is not None and counter < 0:
+        return [_finding("FK402", layer, f"num_batches_tracked is {counter}")]
+    if tensor is None or tensor.unsupported or tensor.numel != 1 or np.isfinite(tensor.values()).all():
+        return []
+    return [_finding("FK401", layer, "num_batches_tracked is NaN or infinite")]
 
 
 def _untrained(table: StateTable, layer: str, initial: npt.NDArray[np.bool_], counter: int | None) -> Finding:

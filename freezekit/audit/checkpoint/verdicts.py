@@ -58,7 +58,9 @@ _WEAPON_NAMES = _words(
     " check_output check_call getoutput getstatusoutput runstring read_pickle unsafe_load"
 )
 #: third-party packages whose callables rebuild or fetch code
-_CODE_LOADERS = _words("cloudpickle dill pip setuptools pkg_resources IPython")
+_CODE_LOADERS = _words(
+    "cloudpickle dill pip setuptools pkg_resources IPython joblib jsonpickle requests urllib3"
+)
 
 _TORCH_CODE_LOADERS = tuple(
     f"torch.{name}"
@@ -72,9 +74,9 @@ _TORCH_CODE_LOADERS = tuple(
 )
 #: torch classes that open a file or a connection when an object of them is made
 _TORCH_ACTING = _words(
-    "TCPStore FileStore PrefixStore MPIStore PyTorchFileReader PyTorchFileWriter ScriptModuleSerializer FileOpener"
-    " FileLister SummaryWriter FileWriter FileSystem FileSystemReader FileSystemWriter ShareMemory PackageImporter"
-    " PackageExporter ProcessGroupGloo ProcessGroupNCCL ProcessGroupMPI DeserializationStorageContext"
+    "TCPStore FileStore MPIStore PyTorchFileReader PyTorchFileWriter ScriptModuleSerializer FileOpener"
+    " FileLister SummaryWriter FileWriter FileSystem FileSystemReader FileSystemWriter PackageImporter PackageExporter"
+    " ProcessGroupGloo ProcessGroupNCCL ProcessGroupMPI"
 )
 #: torch functions that checkpoints call; its classes, which start with a capital, are taken for data
 _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy zeros ones empty full arange")
