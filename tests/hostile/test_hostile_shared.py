@@ -44,7 +44,7 @@ def _many(first, times):
 
 
 SHARED = {
-    "one optimizer under many names": mapping(weight=tensor())[:-1]
+    "one optimizer under many names": lambda: mapping(weight=tensor())[:-1]
     + text("optim")
     + mapping(
         param_groups=b"](" + mapping(params=b"](" + b"".join(map(number, range(100_000))) + b"e") + b"e",
@@ -53,28 +53,28 @@ SHARED = {
     + b"q\x01"
     + b"".join(text(f"optim{i}") + b"h\x01" for i in range(3000))
     + b"u",
-    "one module with many parameters": _module(b"}", _many(_module(_NONES, b"}"), 40_000)),
-    "one parameter with a long name": _module(
+    "one module with many parameters": lambda: _module(b"}", _many(_module(_NONES, b"}"), 40_000)),
+    "one parameter with a long name": lambda: _module(
         b"}", _many(_module(b"}(" + _LONG + tensor() + b"u", b"}"), 3000)
     ),
-    "attributes of many objects": b"](" + glob("pkg", "A") + b"q\x02)\x81" + _NONES + b"q\x01b"
+    "attributes of many objects": lambda: b"](" + glob("pkg", "A") + b"q\x02)\x81" + _NONES + b"q\x01b"
     + b"h\x02)\x81h\x01b" * 60_000 + b"e",
-    "tensors of many objects": b"](" + tensor() + b"q\x030" + glob("pkg", "A") + b"q\x02)\x81}("
+    "tensors of many objects": lambda: b"](" + tensor() + b"q\x030" + glob("pkg", "A") + b"q\x02)\x81}("
     + b"".join(text(f"k{i}") + b"h\x03" for i in range(20_000)) + b"uq\x01b" + b"h\x02)\x81h\x01b" * 60_000 + b"e",
-    "a long key": b"](" + tensor() + b"q\x030" + b"}(" + _LONG + b"q\x01" + mapping(w=tensor()) + b"u"
+    "a long key": lambda: b"](" + tensor() + b"q\x030" + b"}(" + _LONG + b"q\x01" + mapping(w=tensor()) + b"u"
     + (b"}(h\x01}(" + text("w") + b"h\x03uu") * 20_000 + b"e",
-    "a long shape": mapping(w=call(
+    "a long shape": lambda: mapping(w=call(
         glob("torch._utils", "_rebuild_sparse_tensor"), b"(" + numbers([0] * 50_000) + b"q\x01" + b"h\x01" * 30_000 + b"t"
     )),
-    "a global with many dots": mapping(w=tensor(), x=glob("pkg", "F") + b"(" + glob("pkg", ".".join("b" * 450)) + b"q\x01"
+    "a global with many dots": lambda: mapping(w=tensor(), x=glob("pkg", "F") + b"(" + glob("pkg", ".".join("b" * 450)) + b"q\x01"
     + b"h\x01" * 900_000 + b"tR"),
-    "many small states": b"](" + tensor() + b"q\x010" + (b"}(" + text("w") + b"h\x01u") * 140_000 + b"e",
+    "many small states": lambda: b"](" + tensor() + b"q\x010" + (b"}(" + text("w") + b"h\x01u") * 140_000 + b"e",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_what_is_shared_costs_each_time(tmp_path, name):
-    build.write_zip(tmp_path / "a", SHARED[name])
+    build.write_zip(tmp_path / "a", SHARED[name]())
     seconds, megabytes, said = measure(tmp_path / "a")
     assert seconds < 2
     assert megabytes < 200
@@ -88,18 +88,18 @@ def _names(count):
 @pytest.mark.parametrize(
     "content",
     [
-        safetensors_bytes(f'{{"__metadata__":{{{_names(900_000)}}}}}'.encode()),
-        f'{{"weight_map":{{"w":"w"}},{_names(1_400_000)}}}'.encode(),
-        f'{{"weight_map":{{"w":"w"}},"x":"\U0001f600{"a" * 30_000_000}"}}'.encode(),
+        lambda: safetensors_bytes(f'{{"__metadata__":{{{_names(900_000)}}}}}'.encode()),
+        lambda: f'{{"weight_map":{{"w":"w"}},{_names(1_400_000)}}}'.encode(),
+        lambda: f'{{"weight_map":{{"w":"w"}},"x":"\U0001f600{"a" * 30_000_000}"}}'.encode(),
     ],
     ids=["metadata", "index", "wide"],
 )
 def test_names_in_json_are_counted(tmp_path, content):
-    (tmp_path / "a").write_bytes(content)
+    (tmp_path / "a").write_bytes(content())
     seconds, megabytes, said = measure(tmp_path / "a")
     assert seconds < 2
     assert megabytes < 200
-    assert said.endswith(("more than 500000)", "Remedy: check the path"))
+    assert "more than 500000)" in said or said.endswith("Remedy: check the path")
 
 
 def test_scattered_values_count_with_what_lies_between(tmp_path):
@@ -131,6 +131,18 @@ def test_huge_weights_are_not_taken_whole(tmp_path, own):
         file.truncate(len(raw) + 4 * numel + 32)
     report = audit_checkpoint(tmp_path / "a")
     assert [finding.code for finding in report.findings] == ["FK405"]
+
+
+def test_comparing_holes_of_a_terabyte(tmp_path):
+    numel = 2**38
+    header = {"w": entry(0, 4 * numel, [numel]), "bn.running_mean": entry(4 * numel, 4 * numel + 4, [1])}
+    raw = safetensors_bytes(header, b"")
+    for name in ("a", "b"):
+        with open(tmp_path / name, "wb") as file:
+            file.write(raw)
+            file.truncate(len(raw) + 4 * numel + 4)
+    with pytest.raises(CheckpointError, match="most of it was never written"):
+        audit_checkpoint(tmp_path / "a", against=tmp_path / "b", frozen="*")
 
 
 def test_deep_names_that_disagree(tmp_path):

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from freezekit.audit.checkpoint.calls import call, fill
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.decoding import PickleBytes, PickleDamageError
+from freezekit.audit.checkpoint.decoding import AGAIN, PickleBytes, PickleDamageError
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import describe_storage, with_state
@@ -87,7 +87,9 @@ def unpickle(
         root = machine.run()
     except _DAMAGE as error:
         got = printable(str(error) or type(error).__name__)
-        raise PickleDamageError("truncated or damaged: its pickle cannot be followed", got=got) from error
+        raise PickleDamageError(
+            "truncated or damaged: its pickle cannot be followed", got=got, remedy=AGAIN
+        ) from error
     return Unpickled(root, tuple(machine.foreign), machine.storages)
 
 

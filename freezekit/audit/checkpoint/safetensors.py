@@ -67,10 +67,10 @@ def read_safetensors(
     items = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
     if items > _MAX_HEADER_ITEMS:
         got = f"{items} commas and brackets, more than {_MAX_HEADER_ITEMS}"
-        raise CheckpointError("its header holds more than any checkpoint's", got=got)
+        raise CheckpointError("its header holds more than any checkpoint's", got=got, remedy=_AGAIN)
     if (pairs := raw.count(b":")) > _MAX_PAIRS:
         got = f"{pairs} colons, more than {_MAX_PAIRS}"
-        raise CheckpointError("its header holds more than any checkpoint's", got=got)
+        raise CheckpointError("its header holds more than any checkpoint's", got=got, remedy=_AGAIN)
     header = _parse(raw)
     metadata = header.pop("__metadata__", None)
     if len(header) > limits.keys:
@@ -136,7 +136,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise CheckpointError("hostile: a key is in its header twice")
+            raise CheckpointError("hostile: a key is in its header twice", remedy=_AGAIN)
         return made
 
     def no_constant(text: str) -> NoReturn:

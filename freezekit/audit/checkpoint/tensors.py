@@ -77,6 +77,7 @@ class StoredBytes:
 
     def pieces(self, start: int, length: int, tensor: str, size: int) -> Iterator[bytes]:
         """As :meth:`read`, a piece at a time; the checksum is known only at the end."""
+        self.file.check_written()
         if length <= size:
             yield self.read(start, length, tensor)
             return

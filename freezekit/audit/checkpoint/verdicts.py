@@ -75,8 +75,8 @@ _TORCH_CODE_LOADERS = tuple(
 #: torch classes that open a file or a connection when an object of them is made
 _TORCH_ACTING = _words(
     "TCPStore FileStore MPIStore PyTorchFileReader PyTorchFileWriter ScriptModuleSerializer FileOpener"
-    " FileLister SummaryWriter FileWriter FileSystem FileSystemReader FileSystemWriter PackageImporter PackageExporter"
-    " ProcessGroupGloo ProcessGroupNCCL ProcessGroupMPI"
+    " FileLister SummaryWriter FileWriter FileSystem FileSystemReader FileSystemWriter PackageImporter"
+    " PackageExporter"
 )
 #: torch functions that checkpoints call; its classes, which start with a capital, are taken for data
 _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy zeros ones empty full arange")

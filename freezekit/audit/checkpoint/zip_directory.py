@@ -13,7 +13,7 @@ from typing import NamedTuple
 from freezekit.audit.checkpoint.container import printable
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_DIRECTORY_BYTES", "MAX_MEMBERS", "Member", "read_directory"]
+__all__ = ["FIRST", "MAX_DIRECTORY_BYTES", "MAX_MEMBERS", "Member", "read_directory"]
 
 #: a torch file has one for each tensor
 MAX_MEMBERS = 200_000
@@ -26,6 +26,7 @@ _END_64 = struct.Struct("<4sQ2H2I4Q")
 _MAX_COMMENT = 2**16 - 1
 _FULL = 2**32 - 1  # the number stands in the zip64 extra field
 _DOWNLOAD = "download or copy the file again"
+FIRST = "damaged or hostile: something comes before the zip archive's first member"
 
 Read = Callable[[int, int], bytes]
 
@@ -119,7 +120,7 @@ def _find(read: Read, length: int) -> tuple[int, int, int]:
         raise _several_parts()
     if start + size < end:
         # data in front of the archive would make two readers see two different files
-        raise CheckpointError("damaged or hostile: something comes before the zip archive's first member")
+        raise CheckpointError(FIRST, remedy=_DOWNLOAD)
     if start + size > end:
         raise _damaged("it would lie beyond its own end")
     return count, size, start
