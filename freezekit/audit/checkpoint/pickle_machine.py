@@ -24,15 +24,12 @@ _MAX_NAME = 1_000
 
 # what things cost, in about bytes of memory; a byte of opcodes counts too, for what it leaves on the stack
 _BYTE, _MEMO, _TUPLE, _CONTAINER, _ITEM, _CALL = 10, 80, 48, 64, 100, 200
-
 #: for the time that the rarer opcodes take, and for an object, a global: none is part of a tensor
 _HANDLED, _OBJECT = 64, 600
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 
-_INT32 = struct.Struct("<i").unpack_from
-_UINT32 = struct.Struct("<I").unpack_from
-_UINT16 = struct.Struct("<H").unpack_from
-_FLOAT = struct.Struct(">d").unpack_from
+_INT32, _UINT32 = struct.Struct("<i").unpack_from, struct.Struct("<I").unpack_from
+_UINT16, _FLOAT = struct.Struct("<H").unpack_from, struct.Struct(">d").unpack_from
 
 
 @dataclass(frozen=True, slots=True)

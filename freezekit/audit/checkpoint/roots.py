@@ -8,7 +8,15 @@ from typing import Any
 
 from freezekit.audit.checkpoint.choosing import choose, named, networks, norms_of, others_note
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, as_mapping, children, describe
+from freezekit.audit.checkpoint.inert import (
+    Opaque,
+    StorageRef,
+    TensorRef,
+    as_mapping,
+    children,
+    describe,
+    held_by,
+)
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.findings import REPORT_KEY
@@ -229,14 +237,13 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
                 made[id(mapping)] = _mapping_state(mapping, path, limits)
             if made[id(mapping)].tensors:
                 found[id(value)] = made[id(mapping)]
-        held = children(value)
-        entries += len(held)
+        entries += held_by(value)
         if entries > limits.entries:
             raise Limits.hit("holds too many entries", f"more than {limits.entries}")
         inside = [
             # paths serve messages only, and would grow as the square of the nesting
             (item, f"{path}.{key[:200]}".lstrip(".") if len(path) < 200 else path, depth + 1)
-            for key, item in held
+            for key, item in children(value)
             if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
         waiting += reversed(inside)
