@@ -15,7 +15,7 @@ from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.findings import DriftReport
 from freezekit.audit.frozen_set import blind_note, differing, frozen_names
-from freezekit.audit.health import health
+from freezekit.audit.health import health, unjudged
 from freezekit.audit.pretrained import find_weights
 from freezekit.audit.stale import stale
 from freezekit.audit.state import StateTable
@@ -243,6 +243,7 @@ def _alone(table: StateTable) -> DriftReport:
         return _by_manifest(table, own, "the manifest inside it", None, whole=True)[0]
     layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
     notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
+    notes += tuple(unjudged(table))
     notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
     return DriftReport(table.source, None, "statistics only", 0, (), layers, tuple(health(table)), notes)
 

@@ -196,13 +196,14 @@ class Training:
 
 
 def counter_value(counter: TensorState | None) -> int | None:
-    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
+    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no whole number."""
     if counter is None or counter.unsupported or counter.numel != 1:
         return None
-    if counter.dtype == "int64":
-        return int.from_bytes(counter.read(), "little", signed=True)
+    if counter.dtype.startswith(("int", "uint")):  # float64 has not all the digits of int64
+        return int.from_bytes(counter.read(), "little", signed=counter.dtype.startswith("int"))
     value = float(counter.values().ravel()[0])
-    return int(value) if np.isfinite(value) else None
+    whole = value.is_integer() and not counter.dtype.startswith("complex")
+    return int(value) if whole else None
 
 
 def joined(layer: str, own: str) -> str:

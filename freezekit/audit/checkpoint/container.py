@@ -24,6 +24,7 @@ Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", b"L119547037146038801333356L\n.")
 _DOWNLOAD = "download or copy the file again"
 _HEAD_BYTES = 4096
+_BIG = 2**32
 _TAIL_BYTES = 64
 
 
@@ -164,6 +165,17 @@ class SourceFile:
         if len(data) != length:
             raise self._changed()
         return data
+
+    def check_written(self) -> None:
+        """Refuse a big file that is nearly all holes: to read the zeros in them would take minutes."""
+        blocks = getattr(os.stat(self.path), "st_blocks", None)  # Windows does not tell
+        if self.size > _BIG and blocks is not None and blocks * 512 * 50 < self.size:
+            raise CheckpointError(
+                "most of it was never written, as an interrupted download leaves a file",
+                where=self.shown,
+                got=f"{blocks * 512} bytes on the disk of {self.size}",
+                remedy=_DOWNLOAD,
+            )
 
     def close(self) -> None:
         """Close it; the next read opens it again."""

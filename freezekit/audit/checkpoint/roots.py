@@ -8,7 +8,15 @@ from typing import Any
 
 from freezekit.audit.checkpoint.choosing import choose, named, networks, norms_of, others_note
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, as_mapping, children, describe
+from freezekit.audit.checkpoint.inert import (
+    Opaque,
+    StorageRef,
+    TensorRef,
+    as_mapping,
+    children,
+    describe,
+    held_by,
+)
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.findings import REPORT_KEY
@@ -16,7 +24,7 @@ from freezekit.audit.state import Role, Root, role_of
 from freezekit.errors import CheckpointError
 from freezekit.manifest import KEY
 
-__all__ = ["State", "find_state", "find_texts", "model_names", "too_many_keys"]
+__all__ = ["State", "check_length", "find_state", "find_texts", "model_names", "too_many_keys"]
 
 _TEXTS = {KEY: "handle.manifest()", REPORT_KEY: "auditor.report()"}
 #: characters; what looks at all that is above a name costs the square of its length
@@ -120,7 +128,7 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
         raise CheckpointError("holds no tensors that have a name", got=describe(root), remedy=remedy)
     roots: list[Root] = []
     places: dict[str, tuple[State, str | None]] = {}
-    for state in states.values():
+    for state in {id(state): state for state in states.values()}.values():
         if not state.tensors or (state is not best and not state.is_model):
             continue
         inside = networks({name: tensor.shape for name, tensor in state.tensors.items()})
@@ -166,12 +174,7 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     ['fc.weight', 'fc.bias']
     """
     original = list(names)
-    longest = max(original, key=len, default="")
-    if len(longest) > _MAX_KEY_LENGTH:
-        raise CheckpointError(
-            "a key is too long to be a layer's name",
-            got=f"{len(longest)} characters, more than {_MAX_KEY_LENGTH}: {printable(longest)}",
-        )
+    check_length(max(original, key=len, default=""))
     notes = []
     cleaned = [
         ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
@@ -192,6 +195,15 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
             )
         seen.add(name)
     return cleaned, notes
+
+
+def check_length(name: str) -> None:
+    """Refuse a name that is no layer's."""
+    if len(name) > _MAX_KEY_LENGTH:
+        raise CheckpointError(
+            "a key is too long to be a layer's name",
+            got=f"{len(name)} characters, more than {_MAX_KEY_LENGTH}: {printable(name)}",
+        )
 
 
 def too_many_keys(count: int, limits: Limits = Limits.DEFAULT) -> CheckpointError:
@@ -221,8 +233,10 @@ def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
     """
     whole = True
     found: dict[int, State] = {}
+    made: dict[int, State] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
+    entries = 0
     while waiting:
         value, path, depth = waiting.pop()
         if id(value) in seen:
@@ -239,11 +253,17 @@ def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
         mapping = as_mapping(value)
         if mapping is not None and "param_groups" in mapping:
             continue
-        if mapping is not None and (state := _mapping_state(mapping, path, limits)).tensors:
-            found[id(value)] = state
+        if mapping is not None:
+            if id(mapping) not in made:  # objects may share their attributes
+                made[id(mapping)] = _mapping_state(mapping, path, limits)
+            if made[id(mapping)].tensors:
+                found[id(value)] = made[id(mapping)]
+        entries += held_by(value)
+        if entries > limits.entries:
+            raise Limits.hit("holds too many entries", f"more than {limits.entries}")
         inside = [
             # paths serve messages only, and would grow as the square of the nesting
-            (item, f"{path}.{key}".lstrip(".") if len(path) < 200 else path, depth + 1)
+            (item, f"{path}.{key[:200]}".lstrip(".") if len(path) < 200 else path, depth + 1)
             for key, item in children(value)
             if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
@@ -252,7 +272,7 @@ def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
 
 
 def _beside_models(key: str) -> bool:
-    key = key.lower()
+    key = key[-1000:].lower()  # of what is longer, no copies
     return key in _BESIDE or "optim" in key or "scheduler" in key or key.endswith("_extra_state")
 
 
@@ -300,7 +320,7 @@ def _module_state(module: object, path: str, limits: Limits) -> State:
     """Return what ``state_dict()`` of a whole pickled module would hold."""
     found = State(path=path)
     waiting: list[tuple[Any, str]] = [(module, "")]
-    visits = 0
+    visits = entries = 0
     while waiting:
         value, prefix = waiting.pop()
         visits += 1
@@ -312,6 +332,9 @@ def _module_state(module: object, path: str, limits: Limits) -> State:
                 found.skipped.append(prefix.removesuffix("."))
             continue
         parts = value.state
+        entries += sum(len(parts[part]) for part in ("_parameters", "_buffers", "_modules"))
+        if entries > limits.entries:
+            raise Limits.hit("its modules hold too many entries", f"more than {limits.entries}")
         passing = parts.get("_non_persistent_buffers_set")
         passing = {name for name in passing if isinstance(name, str)} if isinstance(passing, list) else set()
         for name, tensor in _named_tensors(parts["_parameters"]):
@@ -333,6 +356,7 @@ def _named_tensors(mapping: dict[Any, Any]) -> Iterator[tuple[str, TensorRef]]:
     for name, value in mapping.items():
         tensor = _as_tensor(value)
         if tensor is not None and isinstance(name, str):
+            check_length(name)  # before it is put behind the names of the modules around it
             yield name, tensor
 
 

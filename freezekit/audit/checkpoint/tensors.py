@@ -78,6 +78,7 @@ class StoredBytes:
 
     def pieces(self, start: int, length: int, tensor: str, size: int) -> Iterator[bytes]:
         """As :meth:`read`, a piece at a time; the checksum is known only at the end."""
+        self.file.check_written()
         if length <= size:
             yield self.read(start, length, tensor)
             return
@@ -193,7 +194,7 @@ def check_amount(tensors: Sequence[TensorState], file: SourceFile) -> None:
         CheckpointError: a small file, or a sparse one, would take minutes to look through.
     """
     readable = [tensor for tensor in tensors if tensor.unsupported is None]
-    total = sum(tensor.numel * DTYPE_SIZES[tensor.dtype] for tensor in readable)
+    total = sum(max(tensor.numel * DTYPE_SIZES[tensor.dtype], _spread(tensor)) for tensor in readable)
     if total > _MAX_REPEATS * file.size + _SMALL_BYTES:
         raise CheckpointError(
             f"hostile: its tensors repeat the file's bytes more than {_MAX_REPEATS} times",
@@ -205,6 +206,11 @@ def check_amount(tensors: Sequence[TensorState], file: SourceFile) -> None:
             "hostile: its running statistics have more channels than any layer's",
             got=f"{max(channels)} in one, {sum(channels)} in all",
         )
+
+
+def _spread(tensor: TensorState) -> int:
+    """Return how many bytes of the file are read for a tensor, which may lie scattered over them."""
+    return tensor.read.length if isinstance(tensor.read, ValueReader) else 0
 
 
 @dataclass(slots=True, eq=False)
