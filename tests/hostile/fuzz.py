@@ -653,7 +653,9 @@ def serve_oracle(form: Format, folder: str) -> NoReturn:
                 try:
                     answer = {"mappings": mappings(form.oracle(os.fsdecode(line)))}
                 except BaseException as error:
-                    told = re.sub(r"0x\w+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", str(error))
+                    lines = str(error).strip().splitlines() or [""]
+                    told = lines[-1 if "Traceback" in str(error) else 0]  # one that quotes another's
+                    told = re.sub(r"0x\w+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", told)
                     answer = {"refused": f"{type(error).__name__}: {ascii(told[:70])[1:-1]}"}
                 signal.alarm(0)
                 os.write(1, json.dumps(answer).encode() + b"\n")
