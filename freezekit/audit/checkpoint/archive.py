@@ -20,6 +20,8 @@ __all__ = ["MAX_UNPACKED_BYTES", "Archive"]
 MAX_UNPACKED_BYTES = 10 * 2**20
 
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+#: of the same: the signature, the method, the lengths of the name and of the extra field
+_LOCAL_FACTS = struct.Struct("<4s4xH16x2H")
 _WINDOW = 4096
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x2041
@@ -131,10 +133,9 @@ class Archive:
         """Return where in the file a member's content starts."""
         raw = member.name.encode("utf-8", "surrogateescape")
         read = self._header(member.place, _LOCAL_HEADER.size + len(raw))
-        header = _LOCAL_HEADER.unpack_from(read)
-        magic, method, name_length, extra_length = header[0], header[3], int(header[-2]), int(header[-1])
+        magic, method, name_length, extra_length = _LOCAL_FACTS.unpack_from(read)
         same = magic == b"PK\x03\x04" and method == member.method and name_length == len(raw)
-        start = member.place + _LOCAL_HEADER.size + name_length + extra_length
+        start: int = member.place + _LOCAL_HEADER.size + name_length + extra_length
         if not same or read[_LOCAL_HEADER.size :] != raw:
             what = "damaged or hostile: a zip member's header does not say what the directory says"
             raise CheckpointError(what, got=printable(member.name), remedy=_DOWNLOAD)

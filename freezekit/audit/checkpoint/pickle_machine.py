@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from freezekit.audit.checkpoint.calls import call, check_adding, check_state, fill
+from freezekit.audit.checkpoint.calls import QUICK, call, check_adding, check_state, fill
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.decoding import AGAIN, PickleBytes, PickleDamageError
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
@@ -316,14 +316,19 @@ class _Machine:
             if len(module) + len(name) > _MAX_NAME:  # what judges it takes its parts apart
                 raise ValueError("a global's name is too long")
             self.work += _OBJECT
-            ref = self.globals[module, name] = canonical(module, name)
+            ref = canonical(module, name)
+            self.globals[module, name] = ref = _SAME.get(ref, ref)
             if is_foreign(ref) and len(self.foreign) < 1000:
                 self.foreign[str(ref)] = None
         self.stack.append(ref)
 
     def call(self, function: Any, args: Any) -> Any:
-        # what a call is handed is looked through and may be copied, however often it is handed on
         self.work += _CALL
+        if type(function) is GlobalRef and type(args) is tuple and (quick := QUICK.get(function)) is not None:
+            made = quick(args)
+            if made is not None:
+                return made
+        # what a call is handed is looked through and may be copied, however often it is handed on
         if type(args) is tuple and len(args) < 20:
             for arg in args:
                 if type(arg) in (tuple, list, dict) and len(arg) > 8:
@@ -372,6 +377,9 @@ class _Machine:
             return describe_storage(self.storages, *pid[1:])
         raise TypeError("a persistent id of unknown kind")
 
+
+#: so that these are found by identity, which is quicker than by equality
+_SAME = {ref: ref for ref in QUICK}
 
 _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     0x30: _Machine.pop,  # POP

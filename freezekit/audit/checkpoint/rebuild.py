@@ -74,7 +74,7 @@ def describe_storage(
     storage = StorageRef(key, storage_dtype(kind.name), numel, location, start)
     # torch takes the first dtype for all, and never saves two, but of what has no memory
     if known.setdefault(key, storage).dtype != storage.dtype and numel and location != "meta":
-        raise ValueError("a storage has two dtypes")
+        raise ValueError(f"storage {key} has two dtypes")
     return storage
 
 
