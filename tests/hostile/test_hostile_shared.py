@@ -219,7 +219,7 @@ def test_members_in_upper_and_lower_case(tmp_path, name):
     """Torch looks for names whatever their case, and may find the other."""
     members = [*build.torch_members(mapping(w=tensor())), (name, bytes(12))]
     (tmp_path / "a").write_bytes(build.zip_bytes(members))
-    with pytest.raises(CheckpointError, match="two names in the zip archive differ by case only"):
+    with pytest.raises(CheckpointError, match="differ by case only|more than one data.pkl"):
         read_checkpoint(tmp_path / "a")
 
 
