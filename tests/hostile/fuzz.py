@@ -653,7 +653,9 @@ def serve_oracle(form: Format, folder: str) -> NoReturn:
                 try:
                     answer = {"mappings": mappings(form.oracle(os.fsdecode(line)))}
                 except BaseException as error:
-                    told = re.sub(r"0x\w+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", str(error))
+                    lines = str(error).strip().splitlines() or [""]
+                    told = lines[-1 if "Traceback" in str(error) else 0]  # one that quotes another's
+                    told = re.sub(r"0x\w+|[\d.]+|'[^']*'|\"[^\"]*\"|/\S+", "#", told)
                     answer = {"refused": f"{type(error).__name__}: {ascii(told[:70])[1:-1]}"}
                 signal.alarm(0)
                 os.write(1, json.dumps(answer).encode() + b"\n")
@@ -745,7 +747,8 @@ def read_ours(path: str) -> dict[str, list[Any]] | str:
     except CheckpointError as error:
         message = str(error)
         assert message.isprintable(), f"not one printable line: {message!a}"
-        assert message.startswith(path), f"it does not say which file: {message}"
+        # a shard's fault is told by the shard
+        assert message.startswith((path, str(Path(path).parent))), f"it does not say which file: {message}"
         assert len(message) < len(path) + 1000, f"{len(message)} characters of message"
         assert "not enough memory" not in message, message
         return message
