@@ -16,6 +16,8 @@ from freezekit.errors import CheckpointError, FreezekitError
 __all__ = ["Reader", "whole", "write"]
 
 _MAX_ITEMS = 1_500_000
+#: colons; a name and its value take 200 bytes, where the other items take 64
+_MAX_PAIRS = 600_000
 
 
 def write(path: str | os.PathLike[str], text: str, thing: str) -> None:
@@ -103,18 +105,22 @@ class Reader:
 
     def too_long(self, length: int) -> CheckpointError:
         """Return the refusal of a file of so many bytes."""
-        got = f"{length} bytes, more than {self.max_bytes}"
+        got = f"{length} bytes, more than a file of its kind has"
         return CheckpointError(f"too long for a {self.thing}", got=got, remedy="check the path")
 
     def parse(self, text: str) -> object:
         """Decode JSON from who knows where: no key twice, no number out of bounds, NaN or infinite."""
         if not isinstance(text, str):
             self.refuse("it is text", text)
-        if len(text) > self.max_bytes:
+        # text that is not ASCII may take four bytes a character
+        if len(text) > (self.max_bytes if text.isascii() else self.max_bytes // 4):
             raise self.too_long(len(text))
         items = sum(text.count(mark) for mark in ",[{")
         if items > _MAX_ITEMS:  # of 32 MB of brackets, Python would make a gigabyte
             got = f"{items} commas and brackets, more than {_MAX_ITEMS}"
+            raise CheckpointError(f"too long for a {self.thing}", got=got, remedy="check the path")
+        if (pairs := text.count(":")) > _MAX_PAIRS:
+            got = f"{pairs} colons, more than {_MAX_PAIRS}"
             raise CheckpointError(f"too long for a {self.thing}", got=got, remedy="check the path")
         try:
             return json.loads(

@@ -63,13 +63,21 @@ def test_clean_exits_0(checkpoints: tuple[Path, Path]) -> None:
     assert done.stdout.startswith("CLEAN: none of 100 frozen tensors changed")
 
 
-def test_alone_lists_layers_and_counters(checkpoints: tuple[Path, Path]) -> None:
+def test_alone_a_healthy_file_is_told_in_short(checkpoints: tuple[Path, Path]) -> None:
     done = run("audit", checkpoints[1])
     assert done.returncode == 0
-    assert done.stdout.startswith("OK: 20 layers with running statistics")
-    counter = int(torch.load(checkpoints[1])["bn1.num_batches_tracked"])
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("bn1 ")]
-    assert line.split() == ["bn1", "64", str(counter)]
+    state = torch.load(checkpoints[1])
+    counts = [int(t) for name, t in state.items() if name.endswith("num_batches_tracked")]
+    first, path, counted, *_ = done.stdout.splitlines()
+    assert first.startswith("OK: 20 layers with running statistics")
+    assert (path, counted) == (str(checkpoints[1]), f"batches tracked: {min(counts)} to {max(counts)}")
+    assert "layer1.0.bn1" not in done.stdout  # nobody reads a list of what is as it should be
+    layers = json.loads(run("audit", checkpoints[1], "--format", "json").stdout)["layers"]
+    assert (layers[0]["name"], layers[0]["channels"], layers[0]["num_batches_tracked"]) == (
+        "bn1",
+        64,
+        int(state["bn1.num_batches_tracked"]),
+    )
 
 
 def test_json(checkpoints: tuple[Path, Path]) -> None:
@@ -150,7 +158,7 @@ def test_a_missing_file_exits_3(tmp_path: Path) -> None:
 
 def test_key_names_cannot_reach_the_terminal(tmp_path: Path) -> None:
     evil = "a\x1b[31m\u202eb\n[bold]c"
-    stats = {"running_mean": torch.zeros(2), "running_var": torch.full((2,), 2.0)}
+    stats = {"running_mean": torch.zeros(2), "running_var": torch.full((2,), -2.0)}
     torch.save({f"{evil}.{name}": value for name, value in stats.items()}, tmp_path / "a.pth")
     out = run("audit", tmp_path / "a.pth", COLUMNS="200").stdout
     assert "\x1b" not in out
@@ -417,8 +425,8 @@ def test_several_checkpoints_go_to_the_audit_as_a_list(monkeypatch: pytest.Monke
     monkeypatch.setattr("freezekit.audit.files.audit_checkpoint", audited)
     for arguments in (["a"], ["a", "b", "--root", "ema", "--no-limits"]):
         assert CliRunner().invoke(freezekit.cli.main, ["audit", *arguments]).exit_code == 0
-    none = {"against": None, "frozen": None, "manifest": None}
-    assert asked == [("a", none), (["a", "b"], {**none, "root": "ema", "no_limits": True})]
+    none = {"against": None, "frozen": None, "manifest": None, "root": None, "no_limits": False}
+    assert asked == [(("a",), none), (("a", "b"), {**none, "root": "ema", "no_limits": True})]
 
 
 # --- terminals --------------------------------------------------------------------------------------------

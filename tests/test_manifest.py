@@ -228,7 +228,7 @@ def test_errors_show_nothing_that_acts_on_a_terminal(tmp_path: Path) -> None:
     [
         (b"", "an empty file"),
         (b"{\xff}", "not UTF-8"),
-        (GOOD.to_json().encode("utf-16"), "neither a manifest nor a checkpoint"),
+        (GOOD.to_json().encode("utf-16"), "a text in UTF-16, not a checkpoint"),
         (b"hello", "neither a manifest nor a checkpoint"),
         (b"<html>", "an HTML or XML page"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a git-LFS pointer"),

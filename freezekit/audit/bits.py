@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy as np
 from freezekit.audit.checkpoint.tensors import ValueReader
 from freezekit.audit.state import DTYPE_SIZES, TensorState, counter_value, decode
 
-__all__ = ["close", "difference", "same_bits"]
+__all__ = ["close", "difference", "pieces_of", "same_bits"]
 
 #: elements of a piece
 _PIECE = 2**20
@@ -34,7 +33,8 @@ def same_bits(before: TensorState, after: TensorState, *, checksums: bool = Fals
         return _same_digest(before, after)
     if before.dtype != after.dtype:
         is_counter = before.role == after.role == "num_batches_tracked"
-        return is_counter and counter_value(before) == counter_value(after)
+        counts = counter_value(before), counter_value(after)
+        return is_counter and counts[0] is not None and counts[0] == counts[1]
     if before.unsupported != after.unsupported:
         return False
     sums = _checksum(before), _checksum(after)
@@ -75,9 +75,11 @@ def difference(before: TensorState, after: TensorState) -> tuple[int, float]:
 def _same_digest(before: TensorState, after: TensorState) -> bool:
     if after.unsupported is not None:
         return False
+    import hashlib  # OpenSSL takes 3 MB, and few audits need a digest
+
     digest = hashlib.sha256()
     if before.dtype == after.dtype:
-        for piece in _pieces(after):
+        for piece in pieces_of(after):
             digest.update(piece)
     else:  # torch counts in int64
         count = counter_value(after)
@@ -91,7 +93,8 @@ def _checksum(tensor: TensorState) -> int | None:
     return tensor.read.checksum if isinstance(tensor.read, ValueReader) else None
 
 
-def _pieces(tensor: TensorState) -> Iterator[bytes]:
+def pieces_of(tensor: TensorState) -> Iterator[bytes]:
+    """Yield a tensor's values a piece at a time."""
     if isinstance(tensor.read, ValueReader):
         return tensor.read.pieces(_PIECE * tensor.read.itemsize)
     return iter([tensor.read()])

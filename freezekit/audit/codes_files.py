@@ -18,7 +18,8 @@ FILES: dict[str, Explanation] = {
         (torch_issue(88474), "https://github.com/facebookresearch/SparseConvNet/issues/190"),
     ),
     "FK402": Explanation(
-        "A running variance is below zero, which no data gives. Where it is below -eps the output is NaN.",
+        "A running variance or a count of batches is below zero, which no data gives. Where a variance is "
+        "below -eps the output is NaN.",
         "A checkpoint converted from another framework, with eps taken off or tensors in another order.",
         "Convert it again, or take the statistics from a checkpoint that is right.",
         (

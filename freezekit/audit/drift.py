@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from freezekit.audit.bits import difference, same_bits
+from freezekit.audit.bits import close, difference, same_bits
 from freezekit.audit.findings import CAUSES, Finding, LayerDrift
 from freezekit.audit.health import gone_bad
 from freezekit.audit.state import STATS, StateTable, TensorState, counter_value, joined
@@ -99,12 +99,17 @@ def _compare_layer(
     ]
     known = describe_layer(layer, after, kind) if names[0] in after and names[1] in after else None
     drift = [] if known is None else [known]
-    if structural:
+    # what was only cast has values to compare: a half-precision copy may have drifted before
+    cast = {name for name in watched if _cast(before.get(name), after.get(name))}
+    if any(finding.name not in cast for finding in structural):
         return drift, structural, [finding.name for finding in structural]
     in_both = all(name in before and name in after for name in names[:2])
     if not in_both and not watched:
         return [], [], []  # not frozen, and in one of the two only
-    moved = [name for name in watched if not same_bits(before[name], after[name])]
+    moved = [
+        name for name in watched if not (close if name in cast else same_bits)(before[name], after[name])
+    ]
+    structural = [finding for finding in structural if finding.name not in moved]
     stats = [table[name] for name in names[:2] for table in (before, after) if name in table]
     shift, ratio, channels = None, None, None
     if in_both and len({t.shape for t in stats}) == 1 and not any(t.unsupported for t in stats):
@@ -118,13 +123,14 @@ def _compare_layer(
     ]
     if scatter and moved and channels is not None:
         drift = [replace(known, scatter=_scattered(*channels)) for known in drift]
+    changed = [*(finding.name for finding in structural), *moved]
     if not moved:
-        return drift, [], []
+        return drift, structural, changed
     over = "" if batches is None or batches < 0 else f" over {batches} batch{'' if batches == 1 else 'es'}"
     if moved == [names[2]]:
         how = "is not what was frozen" if batches is None else f"went from {counts[0]} to {counts[1]}"
         message = f"num_batches_tracked {how}; mean and variance did not move"
-        return drift, [_finding("FK102", layer, message)], moved
+        return drift, [*structural, _finding("FK102", layer, message)], changed
     if any(before[name].sha256 for name in moved):
         own = [name.rpartition(".")[2] for name in moved]
         listed = " and ".join(filter(None, [", ".join(own[:-1]), own[-1]]))
@@ -133,11 +139,22 @@ def _compare_layer(
         message = f"running statistics changed{over}"
     else:
         message = f"running mean moved by up to {shift:.3g} sigma, spread by x{ratio:.3g}{over}"
-    return drift, [_finding("FK101", layer, message)], moved
+    return drift, [_finding("FK101", layer, message), *structural], changed
+
+
+def _cast(before: TensorState | None, after: TensorState | None) -> bool:
+    """Tell whether a tensor has another dtype, and values in both that can be compared."""
+    if before is None or after is None or before.shape != after.shape or before.dtype == after.dtype:
+        return False
+    counts = "num_batches_tracked" in (before.role, after.role)
+    return not (counts or before.sha256 or before.unsupported or after.unsupported)
 
 
 def _compare_tensor(name: str, before: TensorState | None, after: TensorState | None) -> Finding | None:
     problem = compare_structure(name, before, after)
+    if problem is not None and before is not None and after is not None and _cast(before, after):
+        more = "" if close(before, after) else ", and changed by more than that"
+        return replace(problem, message=problem.message + more)
     if problem is not None or before is None or after is None or same_bits(before, after):
         return problem
     code = "FK103" if before.role == "parameter" else "FK104"
@@ -205,7 +222,7 @@ def _scattered(shift: Vector, ratio: Vector) -> tuple[tuple[float, float], ...]:
 def describe_layer(layer: str, table: StateTable, kind: str | None = None) -> LayerDrift:
     """Return a layer's line in the report without a comparison."""
     channels = table[joined(layer, "running_mean")].numel
-    counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
+    counter = table.count(layer)
     return LayerDrift(layer, kind or "BatchNorm", channels, counter)
 
 

@@ -14,8 +14,8 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.frozen_set import differing, frozen_names
-from freezekit.audit.health import health
+from freezekit.audit.frozen_set import blind_note, differing, frozen_names
+from freezekit.audit.health import health, unjudged
 from freezekit.audit.pretrained import find_weights
 from freezekit.audit.stale import stale
 from freezekit.audit.state import StateTable
@@ -196,10 +196,22 @@ def _against(
     names -= absent
     if absent:
         notes += (f"{len(absent)} num_batches_tracked are in one of the files only, and were not compared",)
+    blind = [
+        name
+        for name in base
+        if name in names and name in table and base[name].unsupported and table[name].unsupported
+        and drift.compare_structure(name, base[name], table[name]) is None
+    ]  # fmt: skip
+    scope += f", but for {len(blind)} that cannot be compared" if blind else ""
+    notes += tuple(blind_note(base, blind))
+    names -= set(blind)
     compared, findings, changed = drift.compare(base, table, names, scatter=whole)
+    counted = [layer.batches for layer in compared if layer.batches is not None]
+    if counted and max(counted) < 0:
+        notes += ("the base counted more batches than the checkpoint in every layer: are the two mixed up?",)
     if whole:
         findings += stale(base, table, () if frozen is None else names)
-        notes += tuple(differing(base, table, names | absent | aligned.outside))
+        notes += tuple(differing(base, table, names | absent | set(blind) | aligned.outside))
     report = DriftReport(
         table.source,
         base.source,
@@ -231,6 +243,7 @@ def _alone(table: StateTable) -> DriftReport:
         return _by_manifest(table, own, "the manifest inside it", None, whole=True)[0]
     layers = tuple(drift.describe_layer(name, table) for name in table.norm_layers())
     notes = table.notes if layers else (*table.notes, "no layer keeps running statistics")
+    notes += tuple(unjudged(table))
     notes = notes if own is None else (*notes, "by the manifest inside it nothing was frozen")
     return DriftReport(table.source, None, "statistics only", 0, (), layers, tuple(health(table)), notes)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from freezekit.audit import manifest as manifests
 from freezekit.audit.bits import close, same_bits
@@ -11,7 +11,7 @@ from freezekit.audit.state import StateTable
 from freezekit.manifest import Manifest
 from freezekit.patterns import below, select
 
-__all__ = ["differing", "frozen_names"]
+__all__ = ["blind_note", "differing", "frozen_names"]
 
 
 def frozen_names(
@@ -52,7 +52,7 @@ def frozen_names(
         tied = {name for name in known if name not in table and ties.get(name, name) in table}
         return set(known) - tied, f"as {label} says", ()
     compared = _Compared(base.with_tensors([t for n, t in base.items() if n not in outside]), table)
-    told, notes = _by_optimizer(compared, given or {})
+    told, notes = _by_optimizer(compared, given or {}, outside)
     if told is not None:
         return (*told, notes)
     return (*_inferred(compared), notes)
@@ -69,11 +69,13 @@ class _Compared:
         for name in base:
             self.own.setdefault(name.rpartition(".")[0], []).append(name)
         self._same: dict[str, bool] = {}
+        self.cast = False  # whether one that is the same has another dtype
 
     def same(self, name: str) -> bool:
         """Tell whether a parameter is the same in both, but for a cast."""
         if name not in self._same:
-            self._same[name] = _same(name, self.base, self.table, recast=True, checksums=True)
+            self._same[name] = _same(name, self.base, self.table)
+            self.cast |= self._same[name] and self.base[name].dtype != self.table[name].dtype
         return self._same[name]
 
     def missing(self, layer: str) -> bool:
@@ -117,11 +119,14 @@ def _inferred(compared: _Compared) -> tuple[set[str], str]:
                 others += 1
                 frozen.update(compared.own[layer])
     beside = f" and {others} other layer{'' if others == 1 else 's'} with buffers" if others else ""
-    return frozen, f"inferred: {kept} of {len(layers)} BN layers{beside} kept their parameters bit for bit"
+    whole = "BN layer" if len(layers) == 1 else "BN layers"
+    cast = " but for a cast" if compared.cast else ""
+    how = f"{whole}{beside} kept their parameters bit for bit{cast}"
+    return frozen, f"inferred: {kept} of {len(layers)} {how}"
 
 
 def _by_optimizer(
-    compared: _Compared, given: Mapping[str, str]
+    compared: _Compared, given: Mapping[str, str], outside: Collection[str]
 ) -> tuple[tuple[set[str], str] | None, tuple[str, ...]]:
     """Take what no optimizer in the checkpoint ever stepped for frozen, with its buffers; and notes."""
     base, table = compared.base, compared.table
@@ -129,10 +134,12 @@ def _by_optimizer(
         return None, ()
     moved = {name for name in compared.every if name in table and not compared.same(name)}
     known = held_by(table, moved, given)
-    names, notes = known.parameters, known.notes
+    # a momentum copy beside the model, which the base has not, may have been held; it cannot have drifted
+    names = {name: own for name, own in known.parameters.items() if name not in outside}
+    notes = known.notes
     every = f"{len(names)} parameter{'' if len(names) == 1 else 's'}"
     who = "the optimizer" if known.matched == 1 else f"the {known.matched} optimizers"
-    never = known.never
+    never = known.never & names.keys()
     if not never:
         if known.matched and set(names) <= known.held:
             notes += (f"{who} in it held and stepped all {every}, so what was frozen is inferred",)
@@ -159,7 +166,11 @@ def _by_optimizer(
     # what nothing tells goes with its layer
     held = {name.rpartition(".")[0] for name in known.held | moved}
     layers = {name.rpartition(".")[0] for name in frozen} - held
-    frozen |= {name for name in known.possible - known.held - moved if name.rpartition(".")[0] in layers}
+    frozen |= {
+        name
+        for name in known.possible & names.keys() - known.held - moved
+        if name.rpartition(".")[0] in layers
+    }
     count = len(frozen)
     frozen = {name for one in frozen for name in names[one]}
     frozen |= {
@@ -186,20 +197,38 @@ def _beside(name: str, known: Held) -> bool:
 def differing(base: StateTable, table: StateTable, frozen: Collection[str]) -> list[str]:
     """Describe what differs outside the frozen part, which is no finding."""
     other = [n for n in dict.fromkeys([*base, *table]) if n not in frozen]
-    moved = [name for name in other if not _same(name, base, table, checksums=True)]
-    if not moved:
-        return ["outside it nothing differs"] if other else []
-    shown = ", ".join(moved[:4]) + (", ..." if len(moved) > 4 else "")
-    return [f"{len(moved)} of {len(other)} other tensors differ, as trained ones do: {shown}"]
+    unread = {n for n in other if n in base and n in table and base[n].unsupported and table[n].unsupported}
+    moved = [name for name in other if name not in unread and not _same(name, base, table)]
+    apart = {*moved, *unread}
+    cast = [n for n in other if n not in apart and base[n].dtype != table[n].dtype]
+    notes = []
+    if moved:
+        notes.append(f"{len(moved)} of {len(other)} other tensors differ, as trained ones do: {_some(moved)}")
+    if cast:
+        notes.append(f"{len(cast)} of {len(other)} other tensors were only cast: {_some(cast)}")
+    if not notes and len(unread) < len(other):
+        notes.append("outside it nothing differs")
+    return [*notes, *blind_note(base, [name for name in other if name in unread])]
 
 
-def _same(
-    name: str, base: StateTable, table: StateTable, *, recast: bool = False, checksums: bool = False
-) -> bool:
-    """Tell whether both files hold a tensor with the same bits, or (``recast``) as another dtype has them."""
+def blind_note(base: StateTable, names: Sequence[str]) -> list[str]:
+    """Say which tensors have no values that can be read, so that nobody takes them for compared."""
+    if not names:
+        return []
+    count = "1 tensor has" if len(names) == 1 else f"{len(names)} tensors have"
+    return [f"{count} no values that can be compared: {_some(names)} ({base[names[0]].unsupported})"]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _same(name: str, base: StateTable, table: StateTable) -> bool:
+    """Tell whether both files hold a tensor with the same bits, or as another dtype has them."""
     if name not in base or name not in table or base[name].unsupported or table[name].unsupported:
         return False
     before, after = base[name], table[name]
-    if recast and before.dtype != after.dtype and before.shape == after.shape:
+    counts = before.role == after.role == "num_batches_tracked"
+    if before.dtype != after.dtype and before.shape == after.shape and not counts:
         return close(before, after)
-    return same_bits(before, after, checksums=checksums)
+    return same_bits(before, after, checksums=True)

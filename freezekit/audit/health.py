@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 import numpy.typing as npt
 
+from freezekit.audit.bits import pieces_of
+from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.findings import Finding
 from freezekit.audit.stale import feeders, trained_past
-from freezekit.audit.state import StateTable, counter_value, joined
+from freezekit.audit.state import StateTable, TensorState, decode, joined
 
-__all__ = ["gone_bad", "health"]
+__all__ = ["gone_bad", "health", "unjudged"]
 
 Vector = npt.NDArray[np.float64]
 
 _FIXES = {
+    "FK105": "take the layer from a checkpoint that is right: no batch-norm layer has both",
     "FK401": "restore the statistics from the base checkpoint, or recalibrate them on clean data",
-    "FK402": "restore the statistics from the base checkpoint: a variance cannot be negative",
+    "FK402": "restore the statistics from the base checkpoint: neither variances nor counts are negative",
     "FK403": "calibrate the layer, or load the weights this file was meant to hold",
     "FK404": "harmless if part of the model was frozen; otherwise the file mixes two models",
     "FK405": "nothing while the inputs are as in training; else set the weight of these channels to 0, or "
@@ -34,35 +39,74 @@ _MOST_GAIN = 100.0
 _FLOAT16_MAX = 65504.0
 _MOST_SIGMA = 1e3
 _MOST_PARTS = 3
+#: elements of the weights that are looked at: a layer has no more channels than 2**20
+_MOST_OF_FILTERS, _MOST_OF_PARAMETER = 2**26, 2**20
 
 
 @np.errstate(invalid="ignore")  # a damaged file may hold a signalling NaN
 def health(table: StateTable) -> list[Finding]:
     """Judge the running statistics of one state by themselves (FK4xx)."""
     findings: list[Finding] = []
-    counters: dict[str, int] = {}
+    counters: dict[str, int] = {}  # of the layers whose counter no other finding tells of
     feeding: dict[str, str] | None = None
     for layer in table.norm_layers():
+        mean, var = (table[joined(layer, own)] for own in ("running_mean", "running_var"))
+        if mean.numel != var.numel:
+            sizes = f"running_mean has shape {list(mean.shape)} and running_var {list(var.shape)}"
+            findings.append(_finding("FK105", layer, sizes))
         means, variances = _statistics(table, layer)
         if means is None or variances is None:
-            continue  # the notes say so
-        counter = counter_value(table.get(joined(layer, "num_batches_tracked")))
+            continue  # unjudged() tells of it
+        counter = table.count(layer)
         if counter is not None:
             counters[layer] = counter
-        bad = _bad(layer, means, variances)
-        findings += bad
-        if not means.size or bad:
+        findings += _bad_counter(layer, table.get(joined(layer, "num_batches_tracked")), counter)
+        if not means.size:
             continue
-        initial = (means == 0) & (variances == 1) if variances.min() <= 1 <= variances.max() else None
+        # four numbers tell that nothing is wrong with most layers
+        low, high, least, most = map(float, (means.min(), means.max(), variances.min(), variances.max()))
+        if not (least >= 0 and isfinite(most) and isfinite(low) and isfinite(high)):
+            findings += _bad(layer, means, variances)
+            continue
+        initial = (means == 0) & (variances == 1) if least <= 1 <= most else None
         if initial is not None and initial.any():
             findings.append(_untrained(table, layer, initial, counter))
-        if variances.min() < _NO_VARIANCE:
+            if counter == 0:
+                del counters[layer]  # that is told with it
+        if least < _NO_VARIANCE:
             feeding = feeders(table) if feeding is None else feeding
             findings += _without_variance(table, layer, feeding.get(layer), means, variances)
-        findings += _out_of_range(layer, means, variances)
+        size, sigma = max(-low, high), (most + _EPS) ** 0.5
+        usual = _MOST_SIGMA * (least + _EPS) ** 0.5
+        if size + 6 * sigma > _FLOAT16_MAX or max(size, sigma) > 0.99 * usual:  # more than rounding may hide
+            findings += _out_of_range(layer, means, variances)
     if len(set(counters.values())) > 1:
         findings.append(_disagreeing(counters))
     return findings + trained_past(table)
+
+
+def unjudged(table: StateTable) -> list[str]:
+    """Say which statistics are not judged: those that cannot be read, and those without the other half."""
+    unread: dict[str, str] = {}
+    alone = []
+    for name, tensor in table.items():
+        layer, _, own = name.rpartition(".")
+        if own not in ("running_mean", "running_var"):
+            continue
+        if joined(layer, "running_var" if own == "running_mean" else "running_mean") not in table:
+            alone.append(name)
+        elif tensor.unsupported or tensor.dtype.startswith("complex"):
+            unread[name] = tensor.unsupported or f"dtype {tensor.dtype}"
+    notes = []
+    if unread:
+        name, reason = next(iter(unread.items()))
+        notes.append(f"not judged: {printable(name)} ({reason}){_more(len(unread) - 1)}")
+    if alone:
+        notes.append(
+            f"not judged: {printable(alone[0])}{_more(len(alone) - 1)}, as a layer has running_mean and "
+            "running_var or neither"
+        )
+    return notes
 
 
 def gone_bad(before: StateTable, after: StateTable) -> list[Finding]:
@@ -101,6 +145,14 @@ def _bad(layer: str, means: Vector, variances: Vector) -> list[Finding]:
     return findings
 
 
+def _bad_counter(layer: str, tensor: TensorState | None, counter: int | None) -> list[Finding]:
+    if counter is not None and counter < 0:
+        return [_finding("FK402", layer, f"num_batches_tracked is {counter}")]
+    if tensor is None or tensor.unsupported or tensor.numel != 1 or np.isfinite(tensor.values()).all():
+        return []
+    return [_finding("FK401", layer, "num_batches_tracked is NaN or infinite")]
+
+
 def _untrained(table: StateTable, layer: str, initial: npt.NDArray[np.bool_], counter: int | None) -> Finding:
     """Tell of channels with the statistics that a layer is made with: certain, or only suspicious."""
     seen = "" if counter is None else f" (num_batches_tracked is {counter})"
@@ -131,9 +183,9 @@ def _without_variance(
     weight = _parameter(table, layer, "weight")
     gain = np.ones(dead.size) if weight is None or weight.size != dead.size else np.abs(weight)
     filters = None if feeder is None else table[feeder]
-    if filters is not None and not filters.unsupported:
+    if filters is not None and not filters.unsupported and filters.numel <= _MOST_OF_FILTERS:
         # what decayed to 0, as in many a real file, stays constant whatever comes in
-        gain = gain * np.abs(filters.values().reshape(dead.size, -1)).sum(axis=1)
+        gain = gain * _strengths(filters, dead.size)
     gain = gain / _EPS**0.5
     used = dead & (gain > _MOST_GAIN)
     if not used.any():
@@ -145,6 +197,18 @@ def _without_variance(
         f"is not 0: an input of 1 comes out as up to {gain[used].max():,.0f} if eps is 1e-5"
     )
     return [_finding("FK405", layer, message)]
+
+
+def _strengths(filters: TensorState, channels: int) -> Vector:
+    """Return the sum of the absolute weights of each filter."""
+    found = np.zeros(channels)
+    place = 0
+    for piece in pieces_of(filters):
+        weights = np.abs(decode(piece, filters.dtype))
+        owners = np.arange(place, place + weights.size) // (filters.numel // channels)
+        found += np.bincount(owners, weights, channels)
+        place += weights.size
+    return found
 
 
 def _out_of_range(layer: str, means: Vector, variances: Vector) -> list[Finding]:
@@ -200,27 +264,30 @@ def _disagreeing(counters: dict[str, int]) -> Finding:
 def _parts(counters: dict[str, int]) -> dict[str, int]:
     """Return the counts by the parts of the model that have one only."""
     found: dict[str, int] = {}
-    waiting: list[tuple[str, list[str], int]] = [("", list(counters), 0)]
+    pieces = {layer: layer.split(".") for layer in counters}
+    waiting: list[tuple[list[str], int]] = [(list(counters), 0)]
     while waiting:
-        prefix, layers, depth = waiting.pop()
+        layers, depth = waiting.pop()
         counts = {counters[layer] for layer in layers}
-        if len(counts) == 1 and prefix:
-            found[prefix] = counts.pop()
+        first = pieces[layers[0]]
+        if len(counts) == 1 and depth:
+            found[".".join(first[:depth])] = counts.pop()
             continue
-        children: dict[str, list[str]] = {}
+        children: dict[str | None, list[str]] = {}
         for layer in layers:
-            pieces = layer.split(".")
-            children.setdefault(".".join(pieces[: depth + 1]), []).append(layer)
-        if len(children) == 1 and prefix in children:  # the names end here
+            children.setdefault(next(iter(pieces[layer][depth : depth + 1]), None), []).append(layer)
+        if children.keys() == {None}:  # the names end here
             found |= {layer: counters[layer] for layer in layers}
             continue
-        waiting += reversed([(name, inside, depth + 1) for name, inside in children.items()])
+        waiting += reversed([(inside, depth + 1) for inside in children.values()])
     return found
 
 
 def _parameter(table: StateTable, layer: str, own: str) -> Vector | None:
     tensor = table.get(joined(layer, own))
-    return None if tensor is None or tensor.unsupported else tensor.values().ravel()
+    if tensor is None or tensor.unsupported or tensor.numel > _MOST_OF_PARAMETER:
+        return None
+    return tensor.values().ravel()
 
 
 def _some(which: npt.NDArray[np.bool_]) -> str:

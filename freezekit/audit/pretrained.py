@@ -7,7 +7,6 @@ know the names do. What it finds is read as any other file: nothing is loaded by
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
 import os
 import re
@@ -69,7 +68,9 @@ def _torchvision(rest: str) -> tuple[str, str]:
         raise FreezekitError("torchvision has no weights for this model", where=f"torchvision:{name}")
     member = _one_of(wanted or "DEFAULT", list(members), f"torchvision:{name}/{wanted}", "weights")
     weights = members[member]
-    return f"{name}/{weights.name}", _from_hub(weights.url)
+    others = [other for other in members if members[other] is not weights]
+    named = f"torchvision:{name}/{others[0]}" if others and not wanted else ""
+    return f"{name}/{weights.name}", _from_hub(weights.url, named)
 
 
 def _timm(rest: str) -> tuple[str, str]:
@@ -111,8 +112,8 @@ def _one_of(name: str, names: Iterable[str], where: str, kind: str) -> str:
     )
 
 
-def _from_hub(url: str) -> str:
-    """Return a file of torch.hub's cache, fetched if it is not there."""
+def _from_hub(url: str, other: str = "") -> str:
+    """Return a file of torch.hub's cache, fetched if it is not there; ``other`` names other weights."""
     from torch import hub
 
     filename = os.path.basename(urlparse(url).path)
@@ -133,11 +134,15 @@ def _from_hub(url: str) -> str:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         hub.download_url_to_file(url, path, expected or None, progress=True)
     except Exception as error:  # whatever the network, the disk and the hash have to say
-        raise _not_fetched(url, error, f"put the file at {printable(path, 1000)}") from error
+        remedy = f"put the file at {printable(path, 1000)}"
+        remedy += f", or name those it started from if others: {other}" if other else ""
+        raise _not_fetched(url, error, remedy) from error
     return path
 
 
 def _digest(path: str) -> str:
+    import hashlib  # OpenSSL takes 3 MB, and few audits need a digest
+
     digest = hashlib.sha256()
     with guarded(printable(path, 1000)):
         file = SourceFile.at(path)

@@ -114,20 +114,17 @@ def restore_checkpoint(
     given = read_base(base, root)
     aligned = align(read_checkpoint(source, root), given)
     names, scope, notes = _frozen(aligned, frozen, manifest)
+    if not names:
+        what = "nothing counts as frozen, so there is nothing to put back"
+        raise FreezekitError(what, where=file.shown, got=scope, remedy="say what was frozen with --frozen")
     table, origin = aligned.table, aligned.base
     plan = _Plan(table, origin, names, file)
     plan.look_beside(source, given)
     layers, findings, changed = drift.compare(plan.due, table, plan.names)
     before = DriftReport(
-        source=table.source,
-        against=origin.source,
-        scope=scope,
-        compared=len(plan.names),
-        changed=tuple(changed),
-        layers=tuple(layers),
-        findings=tuple(findings),
-        notes=notes,
-    )
+        table.source, origin.source, scope, len(plan.names),
+        tuple(changed), tuple(layers), tuple(findings), notes,
+    )  # fmt: skip
     with whole(target, "restored checkpoint") as partial:
         _write(plan, file, partial)
         fresh = align(read_checkpoint(partial, root), given).table

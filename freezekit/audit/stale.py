@@ -44,7 +44,7 @@ def trained_past(table: StateTable) -> list[Finding]:
     feeding = feeders(table)
     groups: dict[tuple[int, int], list[str]] = {}
     for layer in table.norm_layers():
-        count = counter_value(table.get(joined(layer, "num_batches_tracked")))
+        count = table.count(layer)
         own = [name for part in ("weight", "bias") if (name := joined(layer, part)) in table]
         taken = steps.get(feeding.get(layer, ""), 0)
         # what was frozen, or had its statistics held on purpose, was not stepped with what feeds it

@@ -36,10 +36,10 @@ STATS = ("running_mean", "running_var", "num_batches_tracked")
 #: dtypes whose values can be read, as torch names them, with their size in bytes
 DTYPE_SIZES: dict[str, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
-    "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1, "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1,
     "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
-    "complex64": 8, "complex128": 16,
+    "complex32": 4, "complex64": 8, "complex128": 16,
 }  # fmt: skip
 
 
@@ -86,23 +86,50 @@ def decode(raw: bytes, dtype: str) -> npt.NDArray[np.float64]:
         array = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     elif dtype == "float8_e5m2":  # the upper byte of a float16
         array = (np.frombuffer(raw, "u1").astype("<u2") << 8).view("<f2")
-    elif dtype == "float8_e4m3fn":
-        array = _E4M3FN[np.frombuffer(raw, "u1")]
+    elif dtype in _FLOAT8:
+        array = _FLOAT8[dtype][np.frombuffer(raw, "u1")]
+    elif dtype == "complex32":
+        array = np.frombuffer(raw, "<f2")[::2]
     else:
-        array = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))
+        array = np.frombuffer(raw, _LITTLE[dtype])
+        if array.dtype == np.float64:
+            return array.astype(np.float64, copy=False)
     with np.errstate(invalid="ignore"):  # a damaged file may hold a signalling NaN
         return np.asarray(array.real, dtype=np.float64)
 
 
-def _e4m3fn() -> npt.NDArray[np.float64]:
+#: dtypes that numpy has too
+_LITTLE = {
+    name: np.dtype(name).newbyteorder("<")
+    for name in DTYPE_SIZES
+    if not name.startswith(("bfloat", "float8", "complex32"))
+}
+
+
+def _float8(fraction_bits: int, bias: int, nan: int) -> npt.NDArray[np.float64]:
+    """Return the values of all codes of a sign, an exponent and a fraction, where no code is infinite.
+
+    Args:
+        fraction_bits: how many of the eight.
+        bias: of the exponent.
+        nan: the code that is NaN, whose sign says nothing unless it is 128, which would be -0.
+    """
     code = np.arange(256)
-    exponent, fraction = (code >> 3) & 15, code & 7
-    value = np.where(exponent == 0, fraction * 2.0**-9, (1 + fraction / 8) * 2.0 ** (exponent - 7))
-    value = np.where((code & 127) == 127, np.nan, value)
-    return np.where(code > 127, -value, value)
+    exponent, fraction = (
+        (code & 127) >> fraction_bits,
+        (code & (1 << fraction_bits) - 1) / (1 << fraction_bits),
+    )
+    value = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    value = np.where(code > 127, -value, value)
+    return np.where((code == nan) | (code == (nan | 128)), np.nan, value)
 
 
-_E4M3FN = _e4m3fn()
+_FLOAT8 = {
+    "float8_e4m3fn": _float8(3, 7, 127),
+    "float8_e4m3fnuz": _float8(3, 8, 128),
+    "float8_e5m2fnuz": _float8(2, 16, 128),
+    "float8_e8m0fnu": np.append(2.0 ** np.arange(-127.0, 128.0), np.nan),
+}
 
 
 def role_of(name: str, dtype: str) -> Role:
@@ -169,11 +196,14 @@ class Training:
 
 
 def counter_value(counter: TensorState | None) -> int | None:
-    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no number."""
+    """Return ``num_batches_tracked`` as a number, or ``None`` where it is absent or no whole number."""
     if counter is None or counter.unsupported or counter.numel != 1:
         return None
+    if counter.dtype.startswith(("int", "uint")):  # float64 has not all the digits of int64
+        return int.from_bytes(counter.read(), "little", signed=counter.dtype.startswith("int"))
     value = float(counter.values().ravel()[0])
-    return int(value) if np.isfinite(value) else None
+    whole = value.is_integer() and not counter.dtype.startswith("complex")
+    return int(value) if whole else None
 
 
 def joined(layer: str, own: str) -> str:
@@ -220,6 +250,7 @@ class StateTable(Mapping[str, TensorState]):
         self.root = root
         self.roots = roots
         self.training = training or Training()
+        self._counts: dict[str, int | None] = {}
 
     def with_tensors(self, tensors: list[TensorState]) -> StateTable:
         """Return the same table with other tensors: renamed, or some of them."""
@@ -235,6 +266,12 @@ class StateTable(Mapping[str, TensorState]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def count(self, layer: str) -> int | None:
+        """Return a layer's ``num_batches_tracked``, or ``None`` where it is absent or no number."""
+        if layer not in self._counts:
+            self._counts[layer] = counter_value(self.get(joined(layer, "num_batches_tracked")))
+        return self._counts[layer]
 
     def norm_layers(self) -> list[str]:
         """Return the prefixes of the layers that keep running statistics, in order."""

@@ -360,5 +360,5 @@ def _released(run: list[_Look], names: frozenset[str], unit: str) -> list[str]:
     shown = ", ".join(f"{layer} at {unit} {step:,}" for layer, step in list(layers.items())[:3])
     shown += ", ..." if len(layers) > 3 else ""
     before = f"; before that their mean had moved by up to {max(shifts):.3g} sigma" if shifts else ""
-    told = "1 layer does" if len(layers) == 1 else f"{len(layers)} layers do"
-    return [f"{told} not count as frozen from some checkpoint on, so was not judged: {shown}{before}"]
+    told = "1 layer was" if len(layers) == 1 else f"{len(layers)} layers were"
+    return [f"{told} not frozen to the end, and not judged: {shown}{before}"]

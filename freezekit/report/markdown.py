@@ -21,6 +21,7 @@ MOST_CHARACTERS = 65_536
 _MOST_LAYERS = 20
 _MOST_CHECKPOINTS = 20
 _MOST_FINDINGS = 20
+_MOST_NAMES = 10
 
 
 def render(report: DriftReport) -> str:
@@ -106,11 +107,13 @@ def _table(headers: Sequence[str], words: int, rows: Sequence[Sequence[str]]) ->
 
 def _details(group: summary.CodeGroup, unit: str) -> str:
     lines = []
-    for finding in group.findings[:_MOST_FINDINGS]:
-        message = _text(printable(summary.listed(finding), 300))
-        lines.append(f"- {_code(named(finding.name, 120))}{summary.since(finding, unit)}: {message}")
-    if len(group.findings) > _MOST_FINDINGS:
-        lines.append(f"- and {len(group.findings) - _MOST_FINDINGS} more")
+    said = summary.alike(group, unit)
+    for names, what in said[:_MOST_FINDINGS]:
+        shown = ", ".join(_code(named(name, 120)) for name in names[:_MOST_NAMES])
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        lines.append(f"- {shown}{more}{_text(printable(what, 300))}")
+    if left := sum(len(names) for names, _ in said[_MOST_FINDINGS:]):
+        lines.append(f"- and {left} more")
     lines += [f"- fix: {_text(fix)}" for fix in group.fixes]
     listed = "\n".join(lines)
     # the blank line makes Markdown of what follows it

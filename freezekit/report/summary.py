@@ -15,11 +15,13 @@ from freezekit.audit.findings import CODES, CauseSummary, DriftReport, Finding, 
 __all__ = [
     "CodeGroup",
     "Verdict",
+    "alike",
     "batches",
     "began",
     "by_code",
     "cause_lines",
     "count",
+    "counters",
     "furthest",
     "kind_of",
     "listed",
@@ -88,6 +90,8 @@ def verdict(report: DriftReport) -> Verdict:
         text = "NOTHING TO COMPARE: the manifest has no digest of a tensor in the file"
         if report.scope.startswith("inferred"):
             text = "NOTHING TO COMPARE: no BN layer looks frozen; say what was frozen with --frozen"
+        elif report.scope.startswith("as given"):
+            text = "NOTHING TO COMPARE: what is named as frozen has no values that can be compared"
         return Verdict(text, "unsure")
     return Verdict(f"CLEAN: none of {report.compared} frozen tensors changed{of} ({norms}){also}", "good")
 
@@ -138,6 +142,28 @@ def by_code(report: DriftReport) -> list[CodeGroup]:
         fixes = [fix for fix in dict.fromkeys(one.fix for one in findings) if fix not in told]
         groups.append(CodeGroup(code, findings, tuple(printable(fix, 1000) for fix in fixes[:3])))
     return groups
+
+
+def alike(group: CodeGroup, unit: str) -> list[tuple[list[str], str]]:
+    """Return what the findings of a code say, each thing once, with the names that it is said of."""
+    said: dict[str, list[str]] = {}
+    for finding in group.findings:
+        said.setdefault(f"{since(finding, unit)}: {listed(finding)}", []).append(finding.name)
+    return [(names, what) for what, names in said.items()]
+
+
+def counters(layers: Sequence[LayerDrift]) -> str | None:
+    """Return what the layers counted: ``"batches tracked: 0 to 750"``; ``None`` where none did.
+
+    >>> counters([LayerDrift("bn", "BatchNorm", 4, 7)])
+    'batches tracked: 7'
+    """
+    known = [layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None]
+    if not known:
+        return None
+    low, high = min(known), max(known)
+    some = "" if len(known) == len(layers) else f" ({len(known)} of {count(len(layers), 'layer')})"
+    return f"batches tracked: {low if low == high else f'{low} to {high}'}{some}"
 
 
 def since(finding: Finding, unit: str) -> str:

@@ -22,6 +22,7 @@ _MOST_ROWS = 500
 """How many layers are listed: more than a real model has, since a file may hold a million."""
 
 _MOST_CHECKPOINTS = 30
+_MOST_NAMES = 6
 _NARROW = 60
 """Columns of a terminal below which tables show less, so that no number is cut."""
 
@@ -69,6 +70,8 @@ def layout(report: DriftReport, width: int = 100) -> Group:
     if report.against:
         scope = printable(report.scope, 400)
         parts.append(_line(f"frozen: {scope} ({count(report.compared, 'tensor')})", "dim"))
+    elif (counted := summary.counters(report.layers)) is not None:
+        parts.append(_line(counted, "dim"))
     causes = report.by_cause.values()
     if causes:
         parts += [Text(), Text("causes")]
@@ -77,7 +80,7 @@ def layout(report: DriftReport, width: int = 100) -> Group:
         parts += [_indented(first), *(_indented(line, 4) for line in [*more, f"fix: {cause.fix}"])]
     if len(report.checkpoints) > 1:
         parts += [Text(), *_run(report, width)]
-    shown = [layer for layer in report.layers if layer.changed or not report.against]
+    shown = [layer for layer in report.layers if layer.changed]
     if shown:
         parts += [Text(), _table(shown[:_MOST_ROWS], report.unit, width)]
     if len(shown) > _MOST_ROWS:
@@ -139,15 +142,34 @@ def _table(layers: list[LayerDrift], unit: str, width: int) -> Table:
     headers += ["mean shift\n(sigma)", "spread"] if compared else []
     headers += [f"since\n{unit}"] if with_step else []
     words = ["layer", "kind"] if kind is None else [f"layer\n({kind})" if kind else "layer"]
-    table = _grid(*words, numbers=headers)
+    rows = []
     for layer in layers:
         row = [named(layer.name, 200), *([printable(layer.kind)] if kind is None else [])]
         row += [str(layer.channels)] if roomy else []
         row += [summary.batches(layer)] if roomy or not compared else []
         row += [summary.shift(layer.mean_shift_sigma), summary.spread(layer.var_ratio)] if compared else []
         row += ["-" if layer.step is None else str(layer.step)] if with_step else []
-        table.add_row(*map(Text, row))
+        rows.append(row)
+    table = _grid(*words, numbers=headers)
+    columns = list(zip([*words, *headers], *rows, strict=True))[1:]
+    others = (max(len(line) for cell in column for line in cell.split("\n")) + 2 for column in columns)
+    room = width - sum(others)
+    for name, *cells in rows:
+        table.add_row(*map(Text, [_parted(name, room), *cells]))
     return table
+
+
+def _parted(name: str, room: int) -> str:
+    """Break a name that is longer than there is room, after a dot where that helps."""
+    lines = [""]
+    for part in name.split("."):
+        joined = f"{lines[-1]}.{part}" if lines[-1] else part
+        if lines[-1] and len(joined) >= room:
+            lines[-1] += "."
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    return "\n".join(lines)
 
 
 def _worst(layers: Sequence[LayerDrift]) -> list[LayerDrift]:
@@ -181,9 +203,15 @@ def _findings(group: summary.CodeGroup, unit: str) -> list[RenderableType]:
     lines: list[RenderableType] = [Text(f"{group.code} {group.title}", style=style)]
     # the table above already has a line for every layer that moved
     limit = 1 if group.code in ("FK101", "FK102") else 10
-    for finding in group.findings[:limit]:
-        when = summary.since(finding, unit)
-        lines.append(_indented(f"{named(finding.name)}{when}: {summary.listed(finding)}"))
-    if len(group.findings) > limit:
-        lines.append(_indented(f"and {len(group.findings) - limit} more", style="dim"))
+    said = summary.alike(group, unit)
+    for names, what in said[:limit]:
+        lines.append(_indented(f"{_briefly(names)}{what}"))
+    if left := sum(len(names) for names, _ in said[limit:]):
+        lines.append(_indented(f"and {left} more", style="dim"))
     return [*lines, *(_indented(f"fix: {fix}") for fix in group.fixes)]
+
+
+def _briefly(names: Sequence[str]) -> str:
+    """Name a few layers or tensors of which the same is said, and count the rest."""
+    shown = ", ".join(named(name) for name in names[:_MOST_NAMES])
+    return shown + (f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else "")

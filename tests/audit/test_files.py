@@ -127,6 +127,50 @@ def test_a_half_precision_copy_is_recast(tmp_path: Path, state: State) -> None:
     assert {f.code for f in report.findings} == {"FK105"}
     assert report.findings[0].message == "was recast from float32 to float16"
     assert {f.name.rpartition(".")[0] for f in report.findings} == {layer.name for layer in report.layers}
+    assert not any(layer.changed for layer in report.layers)
+    assert report.scope == "inferred: 20 of 20 BN layers kept their parameters bit for bit but for a cast"
+    assert report.notes == (
+        "2 of 22 other tensors differ, as trained ones do: fc.weight, fc.bias",
+        "20 of 22 other tensors were only cast: conv1.weight, layer1.0.conv1.weight, layer1.0.conv2.weight, "
+        "layer1.1.conv1.weight, ...",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_drift_is_seen_through_a_cast(tmp_path: Path, state: State, dtype: torch.dtype) -> None:
+    naive = trained("naive")
+    cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in naive.items()}
+    base = save(state, tmp_path / "base.pth")
+    report = audit_checkpoint(save(cast, tmp_path / "cast.pth"), base)
+    plain = audit_checkpoint(save(naive, tmp_path / "naive.pth"), base)
+    assert [f.name for f in report.findings if f.code == "FK101"] == [f.name for f in plain.findings]
+    recast = [f.name for f in report.findings if f.code == "FK105"]
+    assert recast == [n for n in state if "bn" in n or "downsample.1" in n if n.endswith(("weight", "bias"))]
+    for layer, other in zip(report.layers, plain.layers, strict=True):
+        assert layer.changed
+        assert layer.batches == other.batches
+        assert layer.mean_shift_sigma == pytest.approx(other.mean_shift_sigma, rel=0.05)
+
+
+def test_a_parameter_that_changed_by_more_than_a_cast(tmp_path: Path, state: State) -> None:
+    new = {
+        **state,
+        "conv1.weight": (state["conv1.weight"] * 1.5).half(),
+        "fc.weight": state["fc.weight"].half(),
+    }
+    paths = save(new, tmp_path / "new.pth"), save(state, tmp_path / "base.pth")
+    report = audit_checkpoint(*paths, frozen=["conv1", "fc"])
+    assert [f.message for f in report.findings] == [
+        "was recast from float32 to float16, and changed by more than that",
+        "was recast from float32 to float16",
+    ]
+
+
+def test_the_two_files_mixed_up(tmp_path: Path, state: State) -> None:
+    paths = save(trained("naive"), tmp_path / "naive.pth"), save(state, tmp_path / "base.pth")
+    mixed = "the base counted more batches than the checkpoint in every layer: are the two mixed up?"
+    assert mixed in audit_checkpoint(paths[1], paths[0]).notes
+    assert mixed not in audit_checkpoint(*paths).notes
 
 
 def test_across_formats(tmp_path: Path, state: State) -> None:
@@ -306,7 +350,8 @@ def test_what_differs_outside_the_frozen_part_is_told(tmp_path: Path) -> None:
     new = {"lin.weight": torch.zeros(3, 2), "lin.bias": torch.zeros(2).half(), "lin.same": torch.ones(1)}
     report = audit_checkpoint(save(new, tmp_path / "new.pth"), save(base, tmp_path / "base.pth"))
     assert report.notes == (
-        "3 of 4 other tensors differ, as trained ones do: lin.weight, lin.bias, lin.gone",
+        "2 of 4 other tensors differ, as trained ones do: lin.weight, lin.gone",
+        "1 of 4 other tensors were only cast: lin.bias",
     )
 
 
@@ -349,12 +394,21 @@ def test_statistics_that_cannot_be_read_are_not_judged(tmp_path: Path) -> None:
     assert [layer.name for layer in report.layers] == ["a", "b"]
 
 
-def test_tensors_that_cannot_be_read_count_as_different(tmp_path: Path) -> None:
-    state = norms() | {"lin.weight": torch.eye(3).to_sparse()}
-    path = save(state, tmp_path / "a.pth")
-    report = audit_checkpoint(path, path)
+def test_tensors_that_cannot_be_read_are_not_compared(tmp_path: Path) -> None:
+    state = norms("a") | {"lin.weight": torch.eye(3).to_sparse()}
+    paths = save(state, tmp_path / "a.pth"), save(state, tmp_path / "b.pth")
+    blind = "1 tensor has no values that can be compared: lin.weight (sparse layout)"
+    report = audit_checkpoint(*paths)
     assert report.clean
-    assert any("lin.weight" in note for note in report.notes)
+    assert report.notes == (blind,)
+    named = audit_checkpoint(*paths, frozen="*")
+    assert named.compared == len(state) - 1
+    assert named.scope == "as given, but for 1 that cannot be compared"
+    assert named.notes == (blind,)
+    alone = audit_checkpoint(*paths, frozen="lin")
+    assert str(alone).startswith("NOTHING TO COMPARE: what is named as frozen has no values that can be")
+    other = save(state | {"lin.weight": torch.eye(3)}, tmp_path / "c.pth")
+    assert [f.name for f in audit_checkpoint(other, paths[0], frozen="*").findings] == ["lin.weight"]
 
 
 def test_a_channel_that_was_infinite_is_left_out_of_the_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -195,6 +196,37 @@ def test_two_optimizers_of_two_models() -> None:
     assert names == BACKBONE
     assert scope == "the optimizer in it never held them: 8 of 14 parameters"
     assert notes == ("the optimizer state in 'optimizer_d' does not fit the model's parameters: not used",)
+
+
+def test_a_momentum_copy_that_the_base_has_not_is_not_part_of_what_was_frozen() -> None:
+    """As MoCo saves them: of the two encoders one is trained, and the other no optimizer ever held."""
+    base, after = tuned(OPTIMIZERS["adam, filtered"][1])
+    for frozen in (True, False):
+        # what the copy has that the base has not cannot have drifted
+        copies = {f"encoder_k.{n}": t for n, t in Net().state_dict().items()}
+        own = {f"encoder_q.{n}": t for n, t in after.items()}
+        both = after.with_tensors([*(replace(t, name=n) for n, t in own.items()), *table(copies).values()])
+        both.training = after.training if frozen else stepped_all()
+        aligned = align(both, base)
+        assert any(name.startswith("encoder_k.") for name in aligned.outside)
+        names, scope, _ = frozen_names(
+            aligned.table, aligned.base, given=aligned.given, outside=aligned.outside
+        )
+        assert not {name for name in names if name.startswith("encoder_k.")}
+        if frozen:
+            assert names == BACKBONE
+            assert scope == "the optimizer in it never held them: 8 of 14 parameters"
+        else:
+            assert scope.startswith("inferred: ")
+
+
+def stepped_all() -> Training:
+    """What a file tells of an optimizer that held and stepped a whole model."""
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(8, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    return Training(optimizers=(described(optimizer.state_dict()),))
 
 
 def test_state_without_the_shape_of_its_parameter() -> None:

@@ -136,6 +136,19 @@ class TestCounters:
             ("FK404", "net.encoder", "net.encoder: 0; net.decoder: 5,000")
         ]
 
+    def test_a_layer_that_was_never_trained_is_told_once(self, tmp_path: Path) -> None:
+        state = zoo.make("resnet18").state_dict()
+        for name in state:
+            if name.endswith("num_batches_tracked"):
+                state[name].fill_(70)
+        for own, value in (("running_mean", 0), ("running_var", 1), ("weight", 1), ("bias", 0)):
+            state[f"layer1.0.bn1.{own}"].fill_(value)
+        state["layer1.0.bn1.num_batches_tracked"].zero_()
+        assert [f.code for f in health(table(state, tmp_path))] == ["FK403"]
+        # with batches counted, the counter is a riddle of its own
+        state["layer1.0.bn1.num_batches_tracked"].fill_(3)
+        assert [f.code for f in health(table(state, tmp_path))] == ["FK403", "FK404"]
+
     def test_one_layer_inside_a_part(self, tmp_path: Path) -> None:
         state = zoo.make("resnet18").state_dict()
         for name in state:

@@ -447,7 +447,7 @@ def test_a_counter_by_itself_is_compared_where_the_rest_of_its_layer_is_gone(
 
 def test_the_help_shows_how() -> None:
     lines = run("--help").stdout.splitlines()
-    assert "    freezekit audit finetuned.pth --manifest frozen.json" in lines
+    assert "    freezekit audit finetuned.pth --manifest frozen.json --quiet" in lines
     assert any(line.startswith("  --manifest FILE ") for line in lines)
 
 

@@ -481,6 +481,17 @@ def test_nothing_had_moved(tmp_path: Path) -> None:
     assert str(report).startswith(f"NOTHING HAD MOVED: 10 frozen tensors are as in {tmp_path / 'base'}\n")
 
 
+def test_no_copy_is_made_where_nothing_looks_frozen(tmp_path: Path) -> None:
+    base, _, _ = fine_tuned()
+    state = base.state_dict()
+    torch.save(state, tmp_path / "base")
+    torch.save({n: t + 1 for n, t in state.items()}, tmp_path / "all")
+    what = r"all: nothing counts as frozen, .* \(got inferred: 0 of 2 BN layers kept .* say what was frozen"
+    with pytest.raises(FreezekitError, match=what):
+        restore_checkpoint(tmp_path / "all", tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_damage_is_not_blessed(tmp_path: Path) -> None:
     """A new checksum over a storage, of which a part is put back, would hide what is wrong in the rest."""
     flat = torch.randn(5_000_000)

@@ -185,7 +185,7 @@ class TestRuns:
         assert {finding.name for finding in report.findings} == {"1"}
         shift = shifts(base, paths, "4")[:3]
         assert any(
-            note == "1 layer does not count as frozen from some checkpoint on, so was not judged: "
+            note == "1 layer was not frozen to the end, and not judged: "
             f"4 at step 40; before that their mean had moved by up to {max(shift):.3g} sigma"
             for note in report.notes
         )
@@ -403,7 +403,7 @@ class TestLeftOut:
     def test_none_is_readable(self, tmp_path: Path, base: Path) -> None:
         for name in "ab":
             (tmp_path / f"{name}.pth").write_bytes(b"nothing")
-        with pytest.raises(CheckpointError, match=r"b\.pth: not a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"b\.pth: a text, not a checkpoint"):
             audit_checkpoint([tmp_path / "a.pth", tmp_path / "b.pth"], base)
 
     def test_one_that_is_not_there(self, tmp_path: Path, base: Path) -> None:

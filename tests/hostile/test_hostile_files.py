@@ -178,6 +178,6 @@ def test_name_only_is_not_harm(tmp_path):
     table = read_all(tmp_path / "a")
     assert list(table) == ["weight"]
     assert table.notes == (
-        "the pickle names code outside torch: pkg.config.Outer, os.path.join, pkg.Config; "
+        "the pickle names code outside torch: pkg.config.Outer and 1 more of pkg, os.path.join; "
         "nothing of it was imported or run",
     )

@@ -9,6 +9,7 @@ import pytest
 from sample_reports import EVERY, trend
 
 from freezekit.audit.findings import CAUSES, Cause, CheckpointDrift, DriftReport, Finding, LayerDrift, Moment
+from freezekit.report import markdown
 from freezekit.report.text import render
 
 EVIL = "a\x1b[31m\u202eb\nc"
@@ -48,13 +49,48 @@ def test_nothing_is_said_of_others_where_nothing_moved() -> None:
 
 def test_findings_are_grouped_by_code_and_cut_short() -> None:
     codes = ["FK101", "FK103", "FK101", *["FK103"] * 10]
-    findings = [Finding(code, f"layer{k}", "moved", f"cure of {code}") for k, code in enumerate(codes)]
+    findings = [Finding(code, f"layer{k}", f"by {k}", f"cure of {code}") for k, code in enumerate(codes)]
     lines = [line.strip() for line in str(report([moved("layer0")], findings)).splitlines()]
     start = lines.index("FK101 running statistics moved (2)")
-    assert lines[start + 1 : start + 4] == ["layer0: moved", "and 1 more", "fix: cure of FK101"]
+    assert lines[start + 1 : start + 4] == ["layer0: by 0", "and 1 more", "fix: cure of FK101"]
     start = lines.index("FK103 a frozen parameter changed (11)")
-    assert lines[start + 1] == "layer1: moved"
-    assert lines[start + 10 : start + 13] == ["layer11: moved", "and 1 more", "fix: cure of FK103"]
+    assert lines[start + 1] == "layer1: by 1"
+    assert lines[start + 10 : start + 13] == ["layer11: by 11", "and 1 more", "fix: cure of FK103"]
+
+
+def test_what_is_said_of_many_is_said_once() -> None:
+    findings = [Finding("FK403", f"block.{k}.bn", "all 0 and 1", "calibrate") for k in range(56)]
+    findings.append(Finding("FK403", "head.bn", "all 0 and 1, twice", "calibrate"))
+    alone = DriftReport("a.pth", None, "statistics only", 0, (), (), tuple(findings))
+    lines = str(alone).splitlines()
+    start = lines.index("FK403 running statistics were never trained (57)")
+    assert lines[start + 1 :] == [
+        "  block.0.bn, block.1.bn, block.2.bn, block.3.bn, block.4.bn, block.5.bn and 50 more: all 0 and 1",
+        "  head.bn: all 0 and 1, twice",
+        "  fix: calibrate",
+    ]
+    listed = "`, `".join(f"block.{k}.bn" for k in range(10))
+    assert f"\n- `{listed}` and 46 more: all 0 and 1\n- `head.bn`: all 0" in markdown.render(alone)
+
+
+def test_a_healthy_file_alone_takes_three_lines() -> None:
+    layers = [replace(moved(f"layer{k}"), num_batches_tracked=9 + k % 2, changed=False) for k in range(52)]
+    alone = DriftReport("a.pth", None, "statistics only", 0, (), tuple(layers), ())
+    assert str(alone) == "OK: 52 layers with running statistics\na.pth\nbatches tracked: 9 to 10"
+    none = replace(alone, layers=tuple(replace(layer, num_batches_tracked=None) for layer in layers))
+    assert str(none) == "OK: 52 layers with running statistics\na.pth"
+    few = replace(alone, layers=(layers[0], none.layers[0], layers[2]))
+    assert str(few).endswith("\nbatches tracked: 9 (2 of 3 layers)")
+
+
+def test_a_long_name_is_parted_after_its_dots() -> None:
+    name = "resnet.encoder.stages.0.layers.0.layer.1.normalization"
+    rows = render(report([moved(name)], []), width=80).splitlines()
+    start = next(k for k, row in enumerate(rows) if row.startswith("resnet"))
+    assert rows[start].split()[0] == "resnet.encoder.stages.0.layers.0."
+    assert rows[start + 1] == "layer.1.normalization"
+    assert all(len(row) <= 80 for row in rows[4:])
+    assert name in render(report([moved(name)], []), width=120)
 
 
 def test_the_step_has_a_column() -> None:
@@ -178,8 +214,7 @@ def test_a_live_audit_tells_causes_and_the_course() -> None:
         "                batches        +1    +21    +41    +61    +81   +101",
         "",
         "FK101 running statistics moved (4)",
-        "  a since step 1: moved; cause: train-mode forward",
-        "  and 3 more",
+        "  a, b, c, d since step 1: moved; cause: train-mode forward",
         "",
         "FK103 a frozen parameter changed (2)",
         "  e.weight since step 7: moved; cause: weight decay",

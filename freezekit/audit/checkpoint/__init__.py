@@ -6,7 +6,10 @@ for those of several files), one for the pickle machine.
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import Kind, SourceFile, guarded, printable, refused, sniff
@@ -51,7 +54,7 @@ def read_checkpoint(
         SelectionError: the file has no such root, or several.
     """
     source = os.fsdecode(path)
-    with guarded(printable(source, 1000)):
+    with guarded(printable(source, 1000)), _without_collecting():
         if os.path.isdir(source):
             return _read_folder(source, root, limits)
         file = SourceFile.at(source)
@@ -60,6 +63,18 @@ def read_checkpoint(
             if kind == "index":
                 return read_index(file, stream, _READERS, root, limits)
             return _READERS[kind](file, stream, root, limits)
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Keep the garbage collector from looking through all that is made, again and again, for nothing."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _read_folder(source: str, root: str | None, limits: Limits) -> StateTable:

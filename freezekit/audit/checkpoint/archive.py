@@ -11,7 +11,7 @@ from typing import BinaryIO
 from freezekit.audit.checkpoint.container import SourceFile, printable
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.tensors import StoredBytes
-from freezekit.audit.checkpoint.zip_directory import Member, read_directory
+from freezekit.audit.checkpoint.zip_directory import FIRST, Member, read_directory
 from freezekit.errors import CheckpointError
 
 __all__ = ["MAX_UNPACKED_BYTES", "Archive"]
@@ -24,6 +24,7 @@ _WINDOW = 4096
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x2041
 _DOWNLOAD = "download or copy the file again"
+_AGAIN = "get the file from its source again, as safetensors if there is one"
 
 
 class Archive:
@@ -61,8 +62,9 @@ class Archive:
         self.members = {member.name: member for member in members}
         if len(self.members) != len(members):
             double, _ = Counter(member.name for member in members).most_common(1)[0]
-            raise CheckpointError("hostile: a name is in the zip archive twice", got=printable(double))
-        cases = Counter(member.name.lower() for member in members)
+            what = "hostile: a name is in the zip archive twice"
+            raise CheckpointError(what, got=printable(double), remedy=_AGAIN)
+        cases = Counter(map(str.lower, self.members))
         self._ambiguous = {name for name, times in cases.items() if times > 1}
         in_order = sorted(members, key=lambda member: member.place)
         self.directory = directory
@@ -76,7 +78,7 @@ class Archive:
 
     def _check_places(self, members: list[Member]) -> None:
         if members and members[0].place != 0:
-            raise CheckpointError("damaged or hostile: something comes before the zip archive's first member")
+            raise CheckpointError(FIRST, remedy=_AGAIN)
         for member, end in zip(members, self._places[1:], strict=True):
             if member.place + _LOCAL_HEADER.size + member.packed > end:
                 raise _misplaced(member.name)
@@ -115,13 +117,14 @@ class Archive:
     def _member(self, name: str) -> Member:
         member = self.members.get(name)
         if member is None:
-            raise CheckpointError("damaged: a storage is missing from the zip archive", got=printable(name))
+            what = "damaged: a storage is missing from the zip archive"
+            raise CheckpointError(what, got=printable(name), remedy=_DOWNLOAD)
         if name.lower() in self._ambiguous:  # torch may find the other one
             what = "hostile: two names in the zip archive differ by case only"
-            raise CheckpointError(what, got=printable(name))
+            raise CheckpointError(what, got=printable(name), remedy=_AGAIN)
         if member.is_folder:  # of which torch reads nothing, and takes what was in the memory before
             what = "hostile: a member of the zip archive is marked as a folder"
-            raise CheckpointError(what, got=printable(name))
+            raise CheckpointError(what, got=printable(name), remedy=_AGAIN)
         return member
 
     def _content(self, member: Member) -> int:
@@ -169,7 +172,8 @@ class Archive:
 def _check_member(member: Member) -> None:
     name = member.name
     if (".." in name and ".." in name.split("/")) or name.startswith("/") or "\\" in name or "\0" in name:
-        raise CheckpointError("hostile: a name in the zip archive leads out of it", got=printable(name))
+        what = "hostile: a name in the zip archive leads out of it"
+        raise CheckpointError(what, got=printable(name), remedy=_AGAIN)
     if member.flags & _ENCRYPTED:
         what = "not supported: an encrypted zip archive"
         raise CheckpointError(what, got=printable(name), remedy="decrypt it first")

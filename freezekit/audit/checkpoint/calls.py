@@ -8,7 +8,7 @@ from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, TensorRef
-from freezekit.audit.checkpoint.rebuild import rebuild, usual_tensor
+from freezekit.audit.checkpoint.rebuild import rebuild, usual_tensor, with_state
 from freezekit.audit.checkpoint.verdicts import is_compiled, is_harmful, is_weapon
 from freezekit.errors import CheckpointError
 
@@ -65,11 +65,13 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         return nested
     # each turn unwraps one layer, so that a file cannot make this recurse
     is_parameter = False
+    states: tuple[Any, ...] = ()
     turns = 0
     while isinstance(function, GlobalRef) and (turns := turns + 1) < _MAX_LAYERS:
         if function in _FROM_TYPE and len(args) >= 3:
             check_state(None, args[3] if len(args) > 3 else None)
             is_parameter |= args[1] == GlobalRef("torch.nn.parameter", "Parameter")
+            states += args[3:4]
             function, args = args[0], as_tuple(args[2])
         elif function in _NEW_OBJECT and args:
             function, args = args[0], args[1:]
@@ -85,7 +87,11 @@ def call(function: Any, given: Any, plain: bool) -> Any:
     if made is None:
         _judge(function, args, plain)
         return _unwrapped(function, args) or Opaque(function, args)
-    return replace(made, is_parameter=True) if is_parameter and isinstance(made, TensorRef) else made
+    if isinstance(made, TensorRef):
+        for state in states:
+            made = with_state(made, (state,))
+        return replace(made, is_parameter=True) if is_parameter else made
+    return made
 
 
 def as_tuple(args: Any) -> tuple[Any, ...]:

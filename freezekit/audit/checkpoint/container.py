@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import RLock
+from types import TracebackType
 from typing import BinaryIO, Literal
 from weakref import ref
 
@@ -23,6 +24,7 @@ Kind = Literal["zip", "legacy", "safetensors", "index", "unknown"]
 _LEGACY_MAGIC = (b"\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.", b"L119547037146038801333356L\n.")
 _DOWNLOAD = "download or copy the file again"
 _HEAD_BYTES = 4096
+_BIG = 2**32
 _TAIL_BYTES = 64
 
 
@@ -48,8 +50,7 @@ def printable(text: str, limit: int = 80) -> str:
     return "".join(pieces)
 
 
-@contextmanager
-def guarded(where: str) -> Iterator[None]:
+class guarded:  # noqa: N801  # used like a function; a generator would cost more than a small read
     """Let nothing but a :class:`CheckpointError` that says where out of a block that reads a file.
 
     Args:
@@ -59,25 +60,40 @@ def guarded(where: str) -> Iterator[None]:
         CheckpointError: in place of whatever was raised inside.
         SelectionError: what was asked for is not in the file.
     """
-    try:
-        yield
-    except CheckpointError as error:
-        if error.where is not None:
-            raise
-        raise CheckpointError(error.what, where=where, got=error.got, remedy=error.remedy) from None
-    except SelectionError as error:
+
+    __slots__ = ("where",)
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Exception):
+            _tell(error, self.where)
+
+
+def _tell(error: Exception, where: str) -> None:
+    """Raise what says where, unless the error does."""
+    if isinstance(error, CheckpointError):
+        if error.where is None:
+            raise CheckpointError(error.what, where=where, got=error.got, remedy=error.remedy) from None
+    elif isinstance(error, SelectionError):
         raise SelectionError(error.what, where=where, got=error.got, remedy=error.remedy) from None
-    except FileNotFoundError as error:
+    elif isinstance(error, FileNotFoundError):
         raise CheckpointError("no such file", where=where, remedy="check the path") from error
-    except PermissionError as error:
+    elif isinstance(error, PermissionError):
         remedy = "check its permissions"
         raise CheckpointError("no permission to read it", where=where, remedy=remedy) from error
-    except OSError as error:
+    elif isinstance(error, OSError):
         got = printable(error.strerror or type(error).__name__)
         raise CheckpointError("the system cannot read it", where=where, got=got) from error
-    except MemoryError as error:
+    elif isinstance(error, MemoryError):
         raise CheckpointError("not enough memory to read it", where=where) from error
-    except Exception as error:  # a hostile file's whole art is the exception nobody thought of
+    else:  # a hostile file's whole art is the exception nobody thought of
         got = f"{type(error).__name__}: {printable(str(error), 120)}"
         what = "damaged, or not a checkpoint"
         raise CheckpointError(what, where=where, got=got, remedy=_DOWNLOAD) from error
@@ -99,6 +115,8 @@ class SourceFile:
         self.source = source
         self.identity = identity
         self._descriptor: int | None = None
+        #: the path as given, printable
+        self.shown = printable(source, 1000)
 
     @classmethod
     def at(cls, path: str) -> SourceFile:
@@ -108,11 +126,6 @@ class SourceFile:
         if identity[2] == 0:
             raise CheckpointError("an empty file", got="0 bytes", remedy=_DOWNLOAD)
         return cls(os.path.abspath(path), path, identity)
-
-    @property
-    def shown(self) -> str:
-        """The path as given, printable."""
-        return printable(self.source, 1000)
 
     @property
     def size(self) -> int:
@@ -142,15 +155,27 @@ class SourceFile:
                 self._descriptor, identity = _open_regular(self.path)
                 self._check(identity)
                 _make_room(self)
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, length)
-            while len(data) < length and (more := os.read(self._descriptor, length - len(data))):
+            data = _read_at(self._descriptor, length, offset)
+            while len(data) < length and (
+                more := _read_at(self._descriptor, length - len(data), offset + len(data))
+            ):
                 data += more  # one call reads 2 GB at most
             # where the path names another file by now, this is still the one that was opened
             self._check(_identity(os.fstat(self._descriptor)))
         if len(data) != length:
             raise self._changed()
         return data
+
+    def check_written(self) -> None:
+        """Refuse a big file that is nearly all holes: to read the zeros in them would take minutes."""
+        blocks = getattr(os.stat(self.path), "st_blocks", None)  # Windows does not tell
+        if self.size > _BIG and blocks is not None and blocks * 512 * 50 < self.size:
+            raise CheckpointError(
+                "most of it was never written, as an interrupted download leaves a file",
+                where=self.shown,
+                got=f"{blocks * 512} bytes on the disk of {self.size}",
+                remedy=_DOWNLOAD,
+            )
 
     def close(self) -> None:
         """Close it; the next read opens it again."""
@@ -173,6 +198,15 @@ class SourceFile:
 _MAX_OPEN = 8
 _LOCK = RLock()
 _OPENED: list[ref[SourceFile]] = []
+
+
+def _sought(descriptor: int, length: int, offset: int) -> bytes:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, length)
+
+
+#: Windows has no pread
+_read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", _sought)
 
 
 def _make_room(file: SourceFile) -> None:

@@ -9,7 +9,7 @@ from typing import IO, Any
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.errors import CheckpointError
 
-__all__ = ["PickleBytes", "PickleDamageError"]
+__all__ = ["AGAIN", "PickleBytes", "PickleDamageError"]
 
 _CHUNK = 2**16
 #: more than an opcode takes whose argument has a fixed size
@@ -18,6 +18,7 @@ _MARGIN = 16
 _MAX_NUMBER_LINE = 10_000
 _MAX_DIGITS = 4_300
 _PROTOCOLS = range(6)
+AGAIN = "download or copy the file again"
 
 
 class PickleDamageError(CheckpointError):
@@ -50,15 +51,18 @@ class PickleBytes:
         if needed > left:
             what = "truncated or damaged: "
             if left <= 0:
-                raise PickleDamageError(f"{what}its pickle cannot be followed", got="no end of it")
+                raise PickleDamageError(
+                    f"{what}its pickle cannot be followed", got="no end of it", remedy=AGAIN
+                )
             what += "a length in its pickle lies beyond the file's end"
-            raise PickleDamageError(what, got=f"{needed} bytes with {max(left, 0)} left")
+            raise PickleDamageError(what, got=f"{needed} bytes with {max(left, 0)} left", remedy=AGAIN)
         if self.dropped + position + needed > self._limits.pickle_bytes:
             raise Limits.hit("its pickle is too long", f"more than {self._limits.pickle_bytes} bytes")
         wanted = min(self._remaining, max(_CHUNK, needed + _MARGIN - (self._real - position)))
         new = self._stream.read(wanted)
         if len(new) < wanted:
-            raise PickleDamageError("truncated or damaged: its pickle cannot be followed", got="no end of it")
+            what = "truncated or damaged: its pickle cannot be followed"
+            raise PickleDamageError(what, got="no end of it", remedy=AGAIN)
         self._remaining -= wanted
         padding = b"" if self._remaining else bytes(_MARGIN)
         self.data = b"".join((self.data[position : self._real], new, padding))

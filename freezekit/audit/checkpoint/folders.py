@@ -6,6 +6,7 @@ that is no regular file is opened, no linked folder is entered.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -257,6 +258,8 @@ def _walk(top: str) -> Iterator[_Item]:
             yield _Item(file or folder, folder, (None, None), file, top=True)
         else:
             for name in names:
+                if name.endswith(".bin") and f"{name[:-4]}.xml" in names:
+                    continue  # an OpenVINO model
                 if name.endswith(_LOOSE) and not _BESIDE.fullmatch(name) and not _SHARD.search(name):
                     path = os.path.join(folder, name)
                     yield _Item(path, *_run_below(top, path), path)
@@ -286,6 +289,10 @@ def _preference(match: re.Match[str], name: str) -> tuple[int, bool, bool, bool,
     return family, variant, ".bin" in name, name.endswith(".json"), name
 
 
+#: of a file its identity, its size, and a digest of its storages' checksums
+Sums = tuple[tuple[int, ...], int, bytes | None]
+
+
 class _Order:
     """The key that sorts a run's checkpoints: by step, by epoch, or by the numbers in their names."""
 
@@ -311,12 +318,13 @@ def _without_copies(items: list[_Item]) -> Run:
     notes: list[str] = []
     others = [item for item in items if not item.is_copy]
     room = _MAX_COMPARED
+    sums: dict[str, Sums] = {}
     for item in items:
         twin = None
         for other in reversed(others) if item.is_copy else ():
             if item.file is None or other.file is None or not (item.top or item.folder == other.folder):
                 continue
-            same, read = _same(item.file, other.file, room)
+            same, read = _same(item.file, other.file, room, sums)
             room -= read
             if same:
                 twin = other
@@ -329,17 +337,20 @@ def _without_copies(items: list[_Item]) -> Run:
     return Run(tuple(kept), tuple(notes))
 
 
-def _same(path: str, other: str, room: int) -> tuple[bool, int]:
+def _same(path: str, other: str, room: int, sums: dict[str, Sums]) -> tuple[bool, int]:
     """Tell whether two files hold the same checkpoint, and how many bytes had to be read for it."""
-    if os.path.samefile(path, other):
-        return True, 0
     try:
-        one, two = SourceFile.at(path), SourceFile.at(other)
-        sums = _checksums(one)
-        if sums is not None:
-            return sums == _checksums(two), 0
-        if one.size != two.size or one.size > room:
+        for each in (path, other):
+            if each not in sums:
+                file = SourceFile.at(each)
+                sums[each] = file.identity[:2], file.size, _checksums(file)
+        if sums[path][0] == sums[other][0]:
+            return True, 0
+        if sums[path][2] is not None:
+            return sums[path][2] == sums[other][2], 0
+        if sums[path][1] != sums[other][1] or sums[path][1] > room:
             return False, 0
+        one, two = SourceFile.at(path), SourceFile.at(other)
         with one.open() as first, two.open() as second:
             while chunk := first.read(2**20):
                 if chunk != second.read(2**20):
@@ -349,8 +360,8 @@ def _same(path: str, other: str, room: int) -> tuple[bool, int]:
         return False, 0
 
 
-def _checksums(file: SourceFile) -> set[tuple[str, int, int]] | None:
-    """Return the checksums of a torch zip's storages, or ``None`` where it is none or has none.
+def _checksums(file: SourceFile) -> bytes | None:
+    """Return a digest of the checksums of a torch zip's storages, or ``None`` where it is none or has none.
 
     Neither the file's own name nor a path that its pickle keeps tells two checkpoints apart.
     """
@@ -361,7 +372,8 @@ def _checksums(file: SourceFile) -> set[tuple[str, int, int]] | None:
     stored = {name.partition("/data/")[2]: member for name, member in members.items() if "/data/" in name}
     if not stored or any(member.size and not member.crc for member in stored.values()):
         return None
-    return {(name, member.size, member.crc) for name, member in stored.items()}
+    told = sorted((name, member.size, member.crc) for name, member in stored.items())
+    return hashlib.sha256(repr(told).encode()).digest()
 
 
 def _nothing(names: set[str]) -> CheckpointError:

@@ -7,7 +7,17 @@ from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
 
-__all__ = ["GlobalRef", "Key", "Opaque", "StorageRef", "TensorRef", "as_mapping", "children", "describe"]
+__all__ = [
+    "GlobalRef",
+    "Key",
+    "Opaque",
+    "StorageRef",
+    "TensorRef",
+    "as_mapping",
+    "children",
+    "describe",
+    "held_by",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +128,15 @@ def children(value: object) -> list[tuple[str, Any]]:
     for part in (value.mapping, value.state, value.items, value.args):
         found += children(part) if isinstance(part, dict | list | tuple) else [("?", part)]
     return found
+
+
+def held_by(value: object) -> int:
+    """Return how many :func:`children` would return, or a few less."""
+    if isinstance(value, Opaque):
+        return sum(map(held_by, (value.mapping, value.items, value.args))) + (
+            len(value.state) if isinstance(value.state, dict | list | tuple) else 1
+        )
+    return len(value) if isinstance(value, dict | list | tuple) else 0
 
 
 def describe(value: object) -> str:

@@ -22,6 +22,7 @@ class Limits:
         keys: tensors of one state.
         containers: dicts, lists and objects that are searched for a state.
         nesting: how deep in each other they are searched.
+        entries: what they hold, together; one that is named many times counts each time.
 
     >>> Limits.DEFAULT.keys < Limits.NONE.keys
     True
@@ -30,8 +31,9 @@ class Limits:
     pickle_bytes: int = 32 * 2**20
     pickle_work: int = 120_000_000
     keys: int = 100_000
-    containers: int = 150_000
+    containers: int = 50_000
     nesting: int = 100
+    entries: int = 500_000
 
     DEFAULT: ClassVar[Limits]
     NONE: ClassVar[Limits]
@@ -45,4 +47,4 @@ class Limits:
 
 
 Limits.DEFAULT = Limits()
-Limits.NONE = Limits(_LIFTED, _LIFTED, _LIFTED, _LIFTED, _LIFTED)
+Limits.NONE = Limits(_LIFTED, _LIFTED, _LIFTED, _LIFTED, _LIFTED, _LIFTED)

@@ -10,10 +10,10 @@ from typing import IO, Any
 
 from freezekit.audit.checkpoint.calls import call, check_adding, check_state, fill
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.decoding import PickleBytes, PickleDamageError
-from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef
+from freezekit.audit.checkpoint.decoding import AGAIN, PickleBytes, PickleDamageError
+from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
 from freezekit.audit.checkpoint.limits import Limits
-from freezekit.audit.checkpoint.rebuild import describe_storage
+from freezekit.audit.checkpoint.rebuild import describe_storage, with_state
 from freezekit.audit.checkpoint.verdicts import canonical, is_foreign
 
 __all__ = ["LimitedReader", "PickleDamageError", "Unpickled", "unpickle"]
@@ -24,15 +24,12 @@ _MAX_NAME = 1_000
 
 # what things cost, in about bytes of memory; a byte of opcodes counts too, for what it leaves on the stack
 _BYTE, _MEMO, _TUPLE, _CONTAINER, _ITEM, _CALL = 10, 80, 48, 64, 100, 200
-
 #: for the time that the rarer opcodes take, and for an object, a global: none is part of a tensor
 _HANDLED, _OBJECT = 64, 600
 _DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, struct.error)
 
-_INT32 = struct.Struct("<i").unpack_from
-_UINT32 = struct.Struct("<I").unpack_from
-_UINT16 = struct.Struct("<H").unpack_from
-_FLOAT = struct.Struct(">d").unpack_from
+_INT32, _UINT32 = struct.Struct("<i").unpack_from, struct.Struct("<I").unpack_from
+_UINT16, _FLOAT = struct.Struct("<H").unpack_from, struct.Struct(">d").unpack_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +84,9 @@ def unpickle(
         root = machine.run()
     except _DAMAGE as error:
         got = printable(str(error) or type(error).__name__)
-        raise PickleDamageError("truncated or damaged: its pickle cannot be followed", got=got) from error
+        raise PickleDamageError(
+            "truncated or damaged: its pickle cannot be followed", got=got, remedy=AGAIN
+        ) from error
     return Unpickled(root, tuple(machine.foreign), machine.storages)
 
 
@@ -305,8 +304,6 @@ class _Machine:
         self.stack.append({})
         self.set_items(flat)
 
-    # globals and calls
-
     def stack_global(self) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(name, str):
@@ -362,6 +359,8 @@ class _Machine:
         check_state(target, state)
         if isinstance(target, Opaque):
             target.state = state
+        if isinstance(target, TensorRef):
+            target.unsupported = with_state(target, (state,)).unsupported
 
     def persistent(self, pid: Any) -> Any:
         self.work += _CALL

@@ -9,7 +9,15 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
 from freezekit.audit.state import DTYPE_SIZES
 
-__all__ = ["STORAGE_SIZES", "describe_storage", "holds_tensor", "rebuild", "storage_dtype", "usual_tensor"]
+__all__ = [
+    "STORAGE_SIZES",
+    "describe_storage",
+    "holds_tensor",
+    "rebuild",
+    "storage_dtype",
+    "usual_tensor",
+    "with_state",
+]
 
 _MODULES = frozenset(("torch._utils", "torch._tensor", "torch.tensor"))
 _STORAGE_DTYPES = {
@@ -22,6 +30,10 @@ _STORAGE_DTYPES = {
 }  # fmt: skip
 #: the bytes that elements take in a storage, of dtypes that cannot be read too
 STORAGE_SIZES = {**DTYPE_SIZES, "qint8": 1, "quint8": 1, "qint32": 4, "quint4x2": 1, "quint2x4": 1}
+#: attributes of a tensor that are its values
+_VALUES = frozenset(("data", "real", "imag"))
+#: items of a tuple that may be a shape
+_MAX_LOOKED_AT = 64
 _UNSUPPORTED = {
     "_rebuild_sparse_tensor": "sparse layout",
     "_rebuild_sparse_csr_tensor": "sparse layout",
@@ -90,7 +102,7 @@ def rebuild(function: GlobalRef, args: tuple[Any, ...]) -> TensorRef | None:
     if name in ("_rebuild_parameter", "_rebuild_parameter_with_state"):
         if not args or not isinstance(args[0], TensorRef):
             return _unreadable("parameter of an unknown kind of tensor", args)
-        return replace(args[0], is_parameter=True)
+        return with_state(replace(args[0], is_parameter=True), args[3:4])
     if name == "_rebuild_tensor":
         return _tensor(*_first(args, 4))
     if name == "_rebuild_tensor_v2":
@@ -124,6 +136,18 @@ def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> TensorRef:
     return TensorRef(storage, offset, shape, stride, storage.dtype, unsupported=reason)
 
 
+def with_state(tensor: TensorRef, state: tuple[Any, ...]) -> TensorRef:
+    """Return a tensor that a state is set on: attributes, which do not change it, or other values.
+
+    Args:
+        tensor: as it was rebuilt.
+        state: what is set, if anything is.
+    """
+    parts = state[0] if state and isinstance(state[0], tuple) else state
+    harmless = all(part is None or (isinstance(part, dict) and _VALUES.isdisjoint(part)) for part in parts)
+    return tensor if harmless else replace(tensor, unsupported="tensor that is given other values once made")
+
+
 def _lazily(tensor: TensorRef, metadata: tuple[Any, ...]) -> TensorRef:
     flags = metadata[0] if metadata and isinstance(metadata[0], dict) else {}
     if flags.get("conj") or flags.get("neg"):
@@ -133,15 +157,14 @@ def _lazily(tensor: TensorRef, metadata: tuple[Any, ...]) -> TensorRef:
 
 def _unreadable(reason: str, args: tuple[Any, ...]) -> TensorRef:
     """Return a tensor without values, with what its arguments tell of dtype and shape."""
-    flat = [
-        inner for arg in args for inner in (arg if isinstance(arg, tuple) else ()) if isinstance(inner, tuple)
-    ]
-    shapes = [arg for arg in (*args, *flat) if isinstance(arg, tuple) and all(type(n) is int for n in arg)]
+    # a long one is no shape, and one that is named many times would be looked through each time
+    tuples = [arg for arg in args if isinstance(arg, tuple) and len(arg) <= _MAX_LOOKED_AT]
+    flat = [inner for arg in tuples for inner in arg if isinstance(inner, tuple)]
+    flat = [inner for inner in flat if len(inner) <= _MAX_LOOKED_AT]
+    shapes = [arg for arg in (*tuples, *flat) if all(type(n) is int for n in arg)]
     dtypes = [_dtype(arg) for arg in args if isinstance(arg, GlobalRef) and arg.module == "torch"]
     storages = [arg.dtype for arg in args if isinstance(arg, StorageRef)]
-    inner = [
-        value.dtype for arg in args if isinstance(arg, tuple) for value in arg if isinstance(value, TensorRef)
-    ]
+    inner = [value.dtype for arg in tuples for value in arg if isinstance(value, TensorRef)]
     dtype = next(iter([*storages, *reversed(inner), *dtypes]), "unknown")
     return TensorRef(None, 0, shapes[0] if shapes else (), (), dtype, unsupported=reason)
 

@@ -8,7 +8,15 @@ from typing import Any
 
 from freezekit.audit.checkpoint.choosing import choose, named, networks, norms_of, others_note
 from freezekit.audit.checkpoint.container import printable
-from freezekit.audit.checkpoint.inert import Opaque, StorageRef, TensorRef, as_mapping, children, describe
+from freezekit.audit.checkpoint.inert import (
+    Opaque,
+    StorageRef,
+    TensorRef,
+    as_mapping,
+    children,
+    describe,
+    held_by,
+)
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.rebuild import holds_tensor
 from freezekit.audit.findings import REPORT_KEY
@@ -16,7 +24,7 @@ from freezekit.audit.state import Role, Root, role_of
 from freezekit.errors import CheckpointError
 from freezekit.manifest import KEY
 
-__all__ = ["State", "find_state", "find_texts", "model_names", "too_many_keys"]
+__all__ = ["State", "check_length", "find_state", "find_texts", "model_names", "too_many_keys"]
 
 _TEXTS = {KEY: "handle.manifest()", REPORT_KEY: "auditor.report()"}
 #: characters; what looks at all that is above a name costs the square of its length
@@ -49,6 +57,7 @@ class State:
         path: where in the file's object it was found.
         roots: all the places in the file that hold a model's state, this one included.
         fault: why it cannot be read, or ``None``.
+        deepest: how deep the file was searched, where there is something deeper in it.
     """
 
     tensors: dict[str, TensorRef] = field(default_factory=dict)
@@ -57,12 +66,17 @@ class State:
     path: str = ""
     roots: tuple[Root, ...] = ()
     fault: CheckpointError | None = None
+    deepest: int | None = None
 
     def notes(self) -> list[str]:
         """Say what was chosen and what was left out."""
         notes = others_note(self.roots, self.path)
         if self.skipped:
             notes.append(f"skipped entries that are not tensors: {_listed(self.skipped)}")
+        if self.deepest is not None:
+            notes.append(
+                f"what is nested deeper than {self.deepest} was not searched; --no-limits searches it"
+            )
         return notes
 
     @property
@@ -97,11 +111,14 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
         CheckpointError: there is none, or a tensor's key is no string.
         SelectionError: it has no such root as ``wanted``.
     """
-    states = _all_states(root, limits)
+    states, whole = _all_states(root, limits)
     best = _resolve(root, states, 0, set())
     if best is None:  # the first of the longest
         best = max(states.values(), key=lambda state: len(state.tensors), default=None)
     if best is None or not best.tensors:
+        if not whole:
+            got = f"nothing to a depth of {limits.nesting}"
+            raise Limits.hit("holds no tensors that have a name, as far as it was searched", got)
         maker = root.made_by.name if isinstance(root, Opaque) and root.made_by else ""
         remedy = "save model.state_dict() with torch.save or safetensors"
         if maker.endswith(_SETTINGS):  # such as the training_args.bin that transformers saves
@@ -111,7 +128,7 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
         raise CheckpointError("holds no tensors that have a name", got=describe(root), remedy=remedy)
     roots: list[Root] = []
     places: dict[str, tuple[State, str | None]] = {}
-    for state in states.values():
+    for state in {id(state): state for state in states.values()}.values():
         if not state.tensors or (state is not best and not state.is_model):
             continue
         inside = networks({name: tensor.shape for name, tensor in state.tensors.items()})
@@ -127,6 +144,7 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
     if best.fault is not None:
         raise best.fault
     best.roots = tuple(roots)
+    best.deepest = None if whole else limits.nesting
     return best
 
 
@@ -156,12 +174,7 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     ['fc.weight', 'fc.bias']
     """
     original = list(names)
-    longest = max(original, key=len, default="")
-    if len(longest) > _MAX_KEY_LENGTH:
-        raise CheckpointError(
-            "a key is too long to be a layer's name",
-            got=f"{len(longest)} characters, more than {_MAX_KEY_LENGTH}: {printable(longest)}",
-        )
+    check_length(max(original, key=len, default=""))
     notes = []
     cleaned = [
         ".".join(part for part in name.split(".") if part != "_orig_mod") if "_orig_mod" in name else name
@@ -184,6 +197,15 @@ def model_names(names: Iterable[str]) -> tuple[list[str], list[str]]:
     return cleaned, notes
 
 
+def check_length(name: str) -> None:
+    """Refuse a name that is no layer's."""
+    if len(name) > _MAX_KEY_LENGTH:
+        raise CheckpointError(
+            "a key is too long to be a layer's name",
+            got=f"{len(name)} characters, more than {_MAX_KEY_LENGTH}: {printable(name)}",
+        )
+
+
 def too_many_keys(count: int, limits: Limits = Limits.DEFAULT) -> CheckpointError:
     """Return the error for a state dict bigger than any real one."""
     return Limits.hit("holds too many keys", f"{count}, more than {limits.keys}")
@@ -204,14 +226,23 @@ def _resolve(value: object, states: dict[int, State], depth: int, seen: set[int]
     return best or (own if held and 2 * held >= len(mapping) else None)
 
 
-def _all_states(root: object, limits: Limits) -> dict[int, State]:
-    """Return all that could be a state, in the file's order, by its object's id; walks without recursion."""
+def _all_states(root: object, limits: Limits) -> tuple[dict[int, State], bool]:
+    """Return all that could be a state, in order, by its object's id, and whether that is all there is.
+
+    It walks without recursion.
+    """
+    whole = True
     found: dict[int, State] = {}
+    made: dict[int, State] = {}
     seen: set[int] = set()
     waiting: list[tuple[Any, str, int]] = [(root, "", 0)]
+    entries = 0
     while waiting:
         value, path, depth = waiting.pop()
-        if id(value) in seen or depth > limits.nesting:
+        if id(value) in seen:
+            continue
+        if depth > limits.nesting:
+            whole = False
             continue
         seen.add(id(value))
         if len(seen) > limits.containers:
@@ -222,20 +253,26 @@ def _all_states(root: object, limits: Limits) -> dict[int, State]:
         mapping = as_mapping(value)
         if mapping is not None and "param_groups" in mapping:
             continue
-        if mapping is not None and (state := _mapping_state(mapping, path, limits)).tensors:
-            found[id(value)] = state
+        if mapping is not None:
+            if id(mapping) not in made:  # objects may share their attributes
+                made[id(mapping)] = _mapping_state(mapping, path, limits)
+            if made[id(mapping)].tensors:
+                found[id(value)] = made[id(mapping)]
+        entries += held_by(value)
+        if entries > limits.entries:
+            raise Limits.hit("holds too many entries", f"more than {limits.entries}")
         inside = [
             # paths serve messages only, and would grow as the square of the nesting
-            (item, f"{path}.{key}".lstrip(".") if len(path) < 200 else path, depth + 1)
+            (item, f"{path}.{key[:200]}".lstrip(".") if len(path) < 200 else path, depth + 1)
             for key, item in children(value)
             if isinstance(item, dict | list | tuple | Opaque) and not _beside_models(key)
         ]
         waiting += reversed(inside)
-    return found
+    return found, whole
 
 
 def _beside_models(key: str) -> bool:
-    key = key.lower()
+    key = key[-1000:].lower()  # of what is longer, no copies
     return key in _BESIDE or "optim" in key or "scheduler" in key or key.endswith("_extra_state")
 
 
@@ -283,7 +320,7 @@ def _module_state(module: object, path: str, limits: Limits) -> State:
     """Return what ``state_dict()`` of a whole pickled module would hold."""
     found = State(path=path)
     waiting: list[tuple[Any, str]] = [(module, "")]
-    visits = 0
+    visits = entries = 0
     while waiting:
         value, prefix = waiting.pop()
         visits += 1
@@ -295,6 +332,9 @@ def _module_state(module: object, path: str, limits: Limits) -> State:
                 found.skipped.append(prefix.removesuffix("."))
             continue
         parts = value.state
+        entries += sum(len(parts[part]) for part in ("_parameters", "_buffers", "_modules"))
+        if entries > limits.entries:
+            raise Limits.hit("its modules hold too many entries", f"more than {limits.entries}")
         passing = parts.get("_non_persistent_buffers_set")
         passing = {name for name in passing if isinstance(name, str)} if isinstance(passing, list) else set()
         for name, tensor in _named_tensors(parts["_parameters"]):
@@ -316,6 +356,7 @@ def _named_tensors(mapping: dict[Any, Any]) -> Iterator[tuple[str, TensorRef]]:
     for name, value in mapping.items():
         tensor = _as_tensor(value)
         if tensor is not None and isinstance(name, str):
+            check_length(name)  # before it is put behind the names of the modules around it
             yield name, tensor
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from math import prod
+from itertools import accumulate
+from operator import mul
 from typing import Any, BinaryIO, NoReturn
 
 from freezekit.audit.checkpoint.choosing import choose_network, others_note
@@ -29,10 +30,13 @@ __all__ = ["MAX_HEADER_BYTES", "read_safetensors"]
 MAX_HEADER_BYTES = 16 * 2**20
 #: commas and opening brackets; a tensor takes about ten
 _MAX_HEADER_ITEMS = 1_500_000
+#: a tensor takes four, and a name with its value 200 bytes of memory
+_MAX_PAIRS = 500_000
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
     "BOOL": "bool", "C64": "complex64", "C128": "complex128",
@@ -64,7 +68,10 @@ def read_safetensors(
     items = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
     if items > _MAX_HEADER_ITEMS:
         got = f"{items} commas and brackets, more than {_MAX_HEADER_ITEMS}"
-        raise CheckpointError("its header holds more than any checkpoint's", got=got)
+        raise CheckpointError("its header holds more than any checkpoint's", got=got, remedy=_AGAIN)
+    if (pairs := raw.count(b":")) > _MAX_PAIRS:
+        got = f"{pairs} colons, more than {_MAX_PAIRS}"
+        raise CheckpointError("its header holds more than any checkpoint's", got=got, remedy=_AGAIN)
     header = _parse(raw)
     metadata = header.pop("__metadata__", None)
     if len(header) > limits.keys:
@@ -120,7 +127,8 @@ class _Entry:
             dtype = printable(self.dtype)
             return unreadable(name, role_of(name, dtype.lower()), dtype, self.shape, f"dtype {dtype}", file)
         stored = StoredBytes(file, name, start + self.begin, self.end - self.begin)
-        stride = tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+        # from the last on, since ranks of 64 would take the square of it
+        stride = tuple(accumulate(self.shape[:0:-1], mul, initial=1))[::-1] if self.shape else ()
         read = ValueReader(name, stored, 0, stored.nbytes, DTYPE_SIZES[known], self.shape, stride, known)
         return TensorState(name, role_of(name, known), known, self.shape, read)
 
@@ -129,7 +137,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            raise CheckpointError("hostile: a key is in its header twice")
+            raise CheckpointError("hostile: a key is in its header twice", remedy=_AGAIN)
         return made
 
     def no_constant(text: str) -> NoReturn:

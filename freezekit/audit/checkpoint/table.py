@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -47,15 +48,29 @@ def make_table(
     ]
     check_amount(tensors, file)
     if pickled.foreign:
-        shown = ", ".join(printable(name) for name in pickled.foreign[:5])
-        more = f" and {len(pickled.foreign) - 5} more" if len(pickled.foreign) > 5 else ""
-        notes.append(f"the pickle names code outside torch: {shown}{more}; nothing of it was imported or run")
+        notes.append(_foreign_note(pickled.foreign))
     manifest, report, said = find_texts(pickled.root)
     training, untold = find_training(
         pickled.root, lambda name, ref: make_tensor(name, ref, find, file, "attribute")
     )
     notes = [*state.notes(), *notes, *said, *untold, *late_notes()]
     return StateTable(tensors, file.source, tuple(notes), manifest, report, state.path, state.roots, training)
+
+
+def _foreign_note(names: Sequence[str]) -> str:
+    """Name the code that a pickle asks for: of a package that makes the model, the first will do."""
+    packages: dict[str, list[str]] = {}
+    for name in names:
+        top = name.partition(".")[0]
+        # what the standard library has to offer is worth a look
+        packages.setdefault(name if top in sys.stdlib_module_names else top, []).append(name)
+    told = [
+        printable(own[0]) + (f" and {len(own) - 1} more of {printable(top)}" if len(own) > 1 else "")
+        for top, own in packages.items()
+    ]
+    more = f" and of {len(told) - 5} more packages" if len(told) > 5 else ""
+    shown = ", ".join(told[:5])
+    return f"the pickle names code outside torch: {shown}{more}; nothing of it was imported or run"
 
 
 def flat_table(

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from operator import mul
 from typing import Any, NoReturn
 
 import numpy as np
@@ -77,6 +78,7 @@ class StoredBytes:
 
     def pieces(self, start: int, length: int, tensor: str, size: int) -> Iterator[bytes]:
         """As :meth:`read`, a piece at a time; the checksum is known only at the end."""
+        self.file.check_written()
         if length <= size:
             yield self.read(start, length, tensor)
             return
@@ -114,7 +116,7 @@ def make_tensor(
     Raises:
         CheckpointError: its description is impossible.
     """
-    dtype = printable(ref.dtype)
+    dtype = ref.dtype if ref.dtype in DTYPE_SIZES else printable(ref.dtype)
     if role is None:
         role = "parameter" if ref.is_parameter else role_of(name, dtype)
     reason = ref.unsupported
@@ -137,7 +139,7 @@ def make_tensor(
         _refuse(name, "has an offset of 0 or more", _shown(ref.offset))
     offset = ref.offset + ref.storage.start
     available = stored.nbytes // itemsize
-    extent = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1 if numel else 0
+    extent = 1 + sum(map(mul, shape, stride)) - sum(stride) if numel else 0
     if offset + extent > available:
         _refuse(
             name,
@@ -173,6 +175,8 @@ def check_shape(name: str, shape: tuple[int, ...]) -> int:
     """Return the number of elements, or refuse a shape that is too big to be true."""
     if len(shape) > MAX_RANK:
         _refuse(name, f"has at most {MAX_RANK} dimensions", f"{len(shape)}")
+    if max(shape, default=1) <= MAX_NUMEL and 0 < (numel := prod(shape)) < MAX_NUMEL:
+        return numel
     # sizes of 0 do not excuse the others, which would overflow when the empty array is made
     if any(size > MAX_NUMEL for size in shape) or prod(size or 1 for size in shape) >= MAX_NUMEL:
         _refuse(name, f"has fewer than {MAX_NUMEL} elements", f"sizes {', '.join(map(_shown, shape))}")
@@ -190,7 +194,7 @@ def check_amount(tensors: Sequence[TensorState], file: SourceFile) -> None:
         CheckpointError: a small file, or a sparse one, would take minutes to look through.
     """
     readable = [tensor for tensor in tensors if tensor.unsupported is None]
-    total = sum(tensor.numel * DTYPE_SIZES[tensor.dtype] for tensor in readable)
+    total = sum(max(tensor.numel * DTYPE_SIZES[tensor.dtype], _spread(tensor)) for tensor in readable)
     if total > _MAX_REPEATS * file.size + _SMALL_BYTES:
         raise CheckpointError(
             f"hostile: its tensors repeat the file's bytes more than {_MAX_REPEATS} times",
@@ -204,7 +208,12 @@ def check_amount(tensors: Sequence[TensorState], file: SourceFile) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
+def _spread(tensor: TensorState) -> int:
+    """Return how many bytes of the file are read for a tensor, which may lie scattered over them."""
+    return tensor.read.length if isinstance(tensor.read, ValueReader) else 0
+
+
+@dataclass(slots=True, eq=False)
 class ValueReader:
     """Reads one tensor's values when called, as little-endian, C-contiguous bytes.
 
@@ -238,7 +247,10 @@ class ValueReader:
     def unpack(self, raw: bytes) -> bytes:
         """Return the values that lie in the storage's ``length`` bytes from ``start`` on."""
         raw = self.little(raw)
-        return raw if self.contiguous else self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
+        flat = len(self.shape) < 2 and self.length == self.itemsize * prod(self.shape)
+        return (
+            raw if flat or self.contiguous else self.view(np.frombuffer(raw, f"V{self.itemsize}")).tobytes()
+        )
 
     def view(self, elements: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
         """Return the tensor's elements among those of its part of the storage; writable if they are."""

@@ -8,6 +8,7 @@ that the third pickle tells changes nothing, as in ``torch.load``.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import BinaryIO
 
 from freezekit.audit.checkpoint.container import SourceFile, printable
@@ -24,6 +25,8 @@ __all__ = ["read_legacy"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
+#: bytes of each of the first three pickles; they are a few numbers
+_MAX_FACTS = 2**16
 _DOWNLOAD = "download or copy the file again"
 
 
@@ -41,10 +44,11 @@ def read_legacy(
     Raises:
         CheckpointError: it is damaged or hostile.
     """
-    magic, protocol = _next(file, stream, limits).root, _next(file, stream, limits).root
+    short = replace(limits, pickle_bytes=min(limits.pickle_bytes, _MAX_FACTS))
+    magic, protocol = _next(file, stream, short).root, _next(file, stream, short).root
     if magic != _MAGIC or protocol != _PROTOCOL:
         raise CheckpointError("damaged: not the magic number and protocol version of a legacy torch file")
-    _next(file, stream, limits)  # facts about the machine, which change nothing
+    _next(file, stream, short)  # facts about the machine, which change nothing
     pickled = _next(file, stream, limits)
     keys = _next(file, stream, limits).root
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):

@@ -15,7 +15,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef, describe
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import Unpickled
-from freezekit.audit.checkpoint.roots import State, too_many_keys
+from freezekit.audit.checkpoint.roots import State, check_length, too_many_keys
 from freezekit.audit.checkpoint.table import flat_table
 from freezekit.audit.checkpoint.tensors import StoredBytes, make_tensor
 from freezekit.audit.state import StateTable, role_of
@@ -151,6 +151,7 @@ def _take(
     for name, item in attributes.items():
         if not isinstance(name, str):
             raise CheckpointError("damaged: an attribute's name is no text", got=describe(name))
+        check_length(name)
         full = prefix + name
         if isinstance(item, TensorRef) and name in own[0]:
             state.tensors[full] = item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from freezekit.audit.checkpoint.container import printable
@@ -26,6 +27,8 @@ _MOMENTA = (
 )  # fmt: skip
 _MAX_NESTING = 3
 _MAX_NUMBER = 2**53
+#: parameters of all the optimizers in a file together, which may be one that is named many times
+_MAX_HELD = 300_000
 
 Make = Callable[[str, TensorRef], TensorState]
 
@@ -41,14 +44,22 @@ def find_training(root: object, make: Make) -> tuple[Training, list[str]]:
     numbers = [mapping, *(as_mapping(mapping.get(key)) or {} for key in _INSIDE)]
     optimizers: list[OptimizerState] = []
     notes: list[str] = []
+    room = _Room(_MAX_HELD)
     for path, value in _candidates(mapping):
-        found = _optimizer(path, value, make)
+        found = _optimizer(path, value, make, room)
         if isinstance(found, OptimizerState):
             optimizers.append(found)
         else:
             notes.append(f"the optimizer state at '{printable(path)}' was left out: {found}")
     training = Training(_first(numbers, _STEPS), _first(numbers, _EPOCHS), tuple(optimizers))
     return training, notes[:5]
+
+
+@dataclass(slots=True)
+class _Room:
+    """How many parameters may still be looked at."""
+
+    left: int
 
 
 def _first(mappings: list[dict[Any, Any]], names: tuple[str, ...]) -> int | None:
@@ -77,7 +88,9 @@ def _candidates(root: dict[Any, Any]) -> Iterator[tuple[str, object]]:
             if not isinstance(key, str) or not isinstance(value, dict | list | Opaque):
                 continue
             lowered = key[:200].lower()
-            here = f"{path}.{key}" if path else key
+            if "progress" in lowered:  # how far Lightning's loops are, and no optimizer's state
+                continue
+            here = f"{path}.{key[:200]}" if path else key[:200]
             told = "optim" in lowered or lowered == "opt"
             beside = (
                 "scheduler" in lowered or "history" in lowered or "config" in lowered or "args" in lowered
@@ -105,7 +118,7 @@ def _holds_groups(value: object) -> bool:
     return mapping is not None and "param_groups" in mapping
 
 
-def _optimizer(path: str, value: object, make: Make) -> OptimizerState | str:
+def _optimizer(path: str, value: object, make: Make, room: _Room) -> OptimizerState | str:
     """Describe one optimizer's state, or say why it is none that torch's optimizers write."""
     mapping = as_mapping(value)
     groups = None if mapping is None else mapping.get("param_groups")
@@ -119,6 +132,9 @@ def _optimizer(path: str, value: object, make: Make) -> OptimizerState | str:
         held = None if group is None else group.get("params")
         if group is None or not isinstance(held, list | tuple):
             return "a group of it has no list of parameters"
+        room.left -= len(held) + 1
+        if room.left < 0:
+            return f"the file names more than {_MAX_HELD} parameters in its optimizers"
         if any(type(key) not in (int, str) for key in held):
             return "it holds its parameters themselves, and not their numbers or names"
         keys.append(tuple(held))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from functools import lru_cache
 
 from freezekit.audit.checkpoint.inert import GlobalRef
 
@@ -72,10 +73,12 @@ _WEAPON_BUILTINS = _words(
 )
 _WEAPON_NAMES = _words(
     "system popen Popen eval exec execfile __import__ import_module run_path run_module CDLL PyDLL"
-    " check_output check_call getoutput getstatusoutput runstring"
+    " check_output check_call getoutput getstatusoutput runstring read_pickle unsafe_load"
 )
 #: third-party packages whose callables rebuild or fetch code
-_CODE_LOADERS = _words("cloudpickle dill pip setuptools pkg_resources IPython")
+_CODE_LOADERS = _words(
+    "cloudpickle dill pip setuptools pkg_resources IPython joblib jsonpickle requests urllib3"
+)
 
 _TORCH_CODE_LOADERS = tuple(
     f"torch.{name}"
@@ -96,6 +99,7 @@ _TORCH_OPENERS = _words(
     "PyTorchFileReader PyTorchFileWriter FileStore TCPStore SummaryWriter FileWriter EventFileWriter"
     " FileBaton FileSystemReader FileSystemWriter PT2ArchiveReader PT2ArchiveWriter"
     " _DataPipeSerializationWrapper _IterDataPipeSerializationWrapper _MapDataPipeSerializationWrapper"
+    " MPIStore ScriptModuleSerializer FileOpener FileLister FileSystem PackageImporter PackageExporter"
 )
 #: torch functions that checkpoints call; its classes, which start with a capital, are taken for data
 _TORCH_FUNCTIONS = _words("device dtype _get_layout tensor as_tensor from_numpy zeros ones empty full arange")
@@ -112,6 +116,7 @@ def canonical(module: str, name: str) -> GlobalRef:
     return GlobalRef("operator" if module == "_operator" else module, name)
 
 
+@lru_cache(4096)  # one name may be handed to calls a million times
 def is_weapon(ref: GlobalRef) -> bool:
     """Tell whether the global runs code or touches the system, so that no data has a reason to name it."""
     ref = _through_modules(ref)
@@ -138,6 +143,7 @@ def is_harmful(ref: GlobalRef) -> bool:
         return _torch_harmful(ref)
     if top == "numpy":
         loaders = ref.module.startswith(("numpy.testing", "numpy.distutils", "numpy.f2py"))
+        loaders |= ref.name.rpartition(".")[2] in ("DataSource", "Repository", "NpzFile")
         return loaders or _NUMPY_NAMES.fullmatch(ref.name) is None
     return False
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from freezekit.audit.checkpoint.container import printable
 from freezekit.errors import CheckpointError
 
-__all__ = ["MAX_DIRECTORY_BYTES", "MAX_MEMBERS", "Member", "read_directory"]
+__all__ = ["FIRST", "MAX_DIRECTORY_BYTES", "MAX_MEMBERS", "Member", "read_directory"]
 
 #: a torch file has one for each tensor
 MAX_MEMBERS = 200_000
@@ -27,6 +27,7 @@ _MAX_COMMENT = 2**16 - 1
 _FOLDER = 0x10  # as DOS marks one, whatever system the archive is from
 _FULL = 2**32 - 1  # the number stands in the zip64 extra field
 _DOWNLOAD = "download or copy the file again"
+FIRST = "damaged or hostile: something comes before the zip archive's first member"
 
 Read = Callable[[int, int], bytes]
 
@@ -123,7 +124,7 @@ def _find(read: Read, length: int) -> tuple[int, int, int]:
         raise _several_parts()
     if start + size < end:
         # data in front of the archive would make two readers see two different files
-        raise CheckpointError("damaged or hostile: something comes before the zip archive's first member")
+        raise CheckpointError(FIRST, remedy=_DOWNLOAD)
     if start + size > end:
         raise _damaged("it would lie beyond its own end")
     return count, size, start

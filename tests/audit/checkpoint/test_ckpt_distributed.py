@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from freezekit import audit_checkpoint
 from freezekit.audit.checkpoint import read_checkpoint
 from freezekit.audit.checkpoint.distributed import _check_cover, _Chunk
 from freezekit.audit.checkpoint.limits import Limits
@@ -149,6 +150,22 @@ def test_one_process(tmp_path, threads):
     assert table.manifest == "what it says"
     said = "its 'freezekit_report' is not text, and was not used: save auditor.report().to_json() there"
     assert table.notes == (said,)
+
+
+def test_big_tensors_are_compared(tmp_path):
+    """They are read a piece at a time, and lie in no file as one."""
+    torch.manual_seed(5)
+    state = {"bn.weight": torch.randn(3), "conv.weight": torch.randn(3, 700_000)}
+    moved = {**state, "conv.weight": state["conv.weight"].clone()}
+    moved["conv.weight"][-1, -1] += 1
+    for name, tensors in ("a", state), ("b", moved):
+        dcp.save(tensors, checkpoint_id=tmp_path / name, no_dist=True)
+    torch.save(state, tmp_path / "base")
+    assert audit_checkpoint(tmp_path / "a", tmp_path / "base", frozen="*").clean
+    assert audit_checkpoint(tmp_path / "base", tmp_path / "a", frozen="*").clean
+    report = audit_checkpoint(tmp_path / "b", tmp_path / "base", frozen="*")
+    assert report.changed == ("conv.weight",)
+    assert report.findings[0].message == "parameter changed: 1 of 2,100,000 values by up to 1"
 
 
 def test_flat_state_with_prefix(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from freezekit.audit.checkpoint import read_checkpoint
+from freezekit.audit.checkpoint.limits import Limits
 from freezekit.errors import CheckpointError
 
 W = {"a.weight": torch.full((2,), 1.0), "a.bias": torch.full((3,), 2.0), "bn.running_mean": torch.zeros(2)}
@@ -226,8 +227,10 @@ def test_what_training_code_keeps_beside(form, tmp_path):
     assert_holds(table, model.state_dict())
     assert len(table.notes) == 2
     assert table.notes[1].startswith("the optimizer state at 'whole_optimizer' was left out")
-    assert "test_ckpt_roots.AttributeDict, test_ckpt_roots.Config" in table.notes[0]
-    assert "nothing of it was imported or run" in table.notes[0]
+    assert table.notes[0] == (
+        "the pickle names code outside torch: test_ckpt_roots.AttributeDict and 2 more of test_ckpt_roots; "
+        "nothing of it was imported or run"
+    )
 
 
 def test_state_dict_in_a_dict_subclass_or_an_object(tmp_path):
@@ -243,3 +246,15 @@ def test_order_is_the_files(tmp_path):
 def test_names_stay_raw(tmp_path):
     state = {"a\x1b[31m\n": torch.ones(1), "層.weight": torch.ones(1), "": torch.ones(1)}
     assert list(save(state, tmp_path / "a")) == list(state)
+
+
+def test_what_is_nested_too_deep_is_told(tmp_path):
+    deep = {"model": OTHER}
+    for _ in range(101):
+        deep = {"in": deep}
+    table = save({"state_dict": W, "deep": deep}, tmp_path / "a")
+    assert_holds(table, W)
+    assert table.notes == ("what is nested deeper than 100 was not searched; --no-limits searches it",)
+    with pytest.raises(CheckpointError, match=r"as far as it was searched .*--no-limits"):
+        save(deep, tmp_path / "b")
+    assert_holds(read_checkpoint(tmp_path / "b", limits=Limits.NONE), OTHER)

@@ -169,6 +169,22 @@ def test_what_is_not_understood_is_left_out_with_a_note(optimizer, why, tmp_path
     assert table.notes[0].startswith(f"the optimizer state at 'optimizer' was left out: {why}")
 
 
+def test_the_progress_of_lightning_s_loops_is_no_optimizer(tmp_path):
+    optimizer = trained()[1]
+    counts = {"total": {"ready": 4, "completed": 4}, "current": {"ready": 4, "completed": 4}}
+    progress = {"optimizer": {"step": counts, "zero_grad": counts}}
+    loops = {
+        "fit_loop": {
+            "epoch_loop.automatic_optimization.optim_progress": progress,
+            "epoch_loop.manual_optimization.optim_step_progress": counts,
+        }
+    }
+    state = {"state_dict": torch.nn.Linear(2, 1).state_dict(), "global_step": 4, "loops": loops}
+    table = read({**state, "optimizer_states": [optimizer.state_dict()]}, tmp_path / "a")
+    assert [one.path for one in table.training.optimizers] == ["optimizer_states.0"]
+    assert table.notes == ()
+
+
 def test_odd_states_fail_nothing(tmp_path):
     groups = [{"params": [0, 1, 2, 3], "param_names": ["a"], "step": None}]
     state = {

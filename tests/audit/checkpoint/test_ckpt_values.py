@@ -48,17 +48,53 @@ def assert_equal(table, state):
         assert table[name].read() == bits(tensor), name
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPE_SIZES)
 def test_every_dtype(dtype, form, tmp_path):
     state = {"a": random_tensor(getattr(torch, dtype)), "b": random_tensor(getattr(torch, dtype), (2,))}
     table = read_checkpoint(save(state, tmp_path / "a", form))
     assert_equal(table, state)
-    if form == "zip" or not dtype.startswith(("float8", "uint16", "uint32", "uint64")):
+    if form == "zip" or not dtype.startswith(("float8", "complex32", "uint16", "uint32", "uint64")):
         assert_equal(table, torch.load(tmp_path / "a"))  # which fails for its own legacy files of these
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPE_SIZES if dtype != "complex128"])
+@pytest.mark.parametrize("dtype", [name for name in DTYPE_SIZES if name.startswith("float8")])
+def test_every_code_of_float8(dtype, tmp_path):
+    codes = torch.arange(256, dtype=torch.uint8).view(getattr(torch, dtype))
+    values = read_checkpoint(save({"a": codes}, tmp_path / "a", "zip"))["a"].values()
+    expected = codes.to(torch.float64).numpy()
+    assert np.array_equal(values, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(values[values == 0]), np.signbit(expected[expected == 0]))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support")
+def test_complex_halves(tmp_path):
+    tensor = torch.randn(3, 5, dtype=torch.complex64).to(torch.complex32)
+    table = read_checkpoint(save({"a": tensor, "b": tensor.t()}, tmp_path / "a", "zip"))
+    assert np.array_equal(table["a"].values(), tensor.to(torch.complex128).real.numpy())
+    assert np.array_equal(table["b"].values(), tensor.to(torch.complex128).real.t().numpy())
+
+
+def test_scales_of_safetensors(tmp_path):
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "a").write_bytes(struct.pack("<Q", len(header)) + header + bytes([127, 130]))
+    table = read_checkpoint(tmp_path / "a")
+    assert (table["a"].dtype, table["a"].values().tolist()) == ("float8_e8m0fnu", [1.0, 8.0])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_dtypes_without_values_say_their_name(form, tmp_path):
+    made = {"a": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "good": torch.ones(2)}
+    table = read_checkpoint(save(made, tmp_path / "a", form))
+    assert table["a"].unsupported == "dtype float4_e2m1fn_x2"
+    assert table["good"].values().tolist() == [1, 1]
+
+
+_NOT_IN_SAFETENSORS = ("complex128", "complex32", "float8_e8m0fnu")
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in DTYPE_SIZES if dtype not in _NOT_IN_SAFETENSORS])
 def test_every_dtype_of_safetensors(dtype, tmp_path):
     state = {"a": random_tensor(getattr(torch, dtype)), "b": random_tensor(getattr(torch, dtype), (2,))}
     save_file(state, tmp_path / "a", metadata={"format": "pt"})
