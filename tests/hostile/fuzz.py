@@ -747,7 +747,8 @@ def read_ours(path: str) -> dict[str, list[Any]] | str:
     except CheckpointError as error:
         message = str(error)
         assert message.isprintable(), f"not one printable line: {message!a}"
-        assert message.startswith(path), f"it does not say which file: {message}"
+        # a shard's fault is told by the shard
+        assert message.startswith((path, str(Path(path).parent))), f"it does not say which file: {message}"
         assert len(message) < len(path) + 1000, f"{len(message)} characters of message"
         assert "not enough memory" not in message, message
         return message
