@@ -56,7 +56,7 @@ def test_a_repaired_copy(files: dict[str, dict[str, Tensor]]) -> None:
     assert lines[:5] == [
         "RESTORED: 3 of 5 frozen tensors (1 of 1 layer with running statistics)",
         "out.pth is drifted.pth with them as in base.pth",
-        "frozen: inferred: 1 of 1 BN layers kept their parameters bit for bit",
+        "frozen: inferred: 1 of 1 BN layer kept their parameters bit for bit",
         "",
         "until then:",
     ]

@@ -176,6 +176,7 @@ def test_flat_state_with_prefix(tmp_path):
     assert table.notes == ("stripped 'module.' (DataParallel) from the names",)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_dtypes_and_shapes(tmp_path):
     torch.manual_seed(4)
     state = {name: (torch.randn(3, 4) * 9).abs().to(getattr(torch, name)) for name in DTYPE_SIZES}

@@ -291,7 +291,6 @@ def test_is_refused(raw, says, tmp_path):
 @pytest.mark.parametrize(
     ("meta", "reason"),
     [
-        ({"dtype": 9}, "dtype complex32"),
         ({"dtype": 99}, "dtype number 99"),
         ({"dtype": "7"}, "dtype unknown"),
         ({"layout": 1}, "layout that is not strided"),
