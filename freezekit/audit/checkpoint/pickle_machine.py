@@ -325,8 +325,7 @@ class _Machine:
     def call(self, function: Any, args: Any) -> Any:
         self.work += _CALL
         if type(function) is GlobalRef and type(args) is tuple and (quick := QUICK.get(function)) is not None:
-            made = quick(args)
-            if made is not None:
+            if (made := quick(args)) is not None:
                 return made
         # what a call is handed is looked through and may be copied, however often it is handed on
         if type(args) is tuple and len(args) < 20:
@@ -378,9 +377,7 @@ class _Machine:
         raise TypeError("a persistent id of unknown kind")
 
 
-#: so that these are found by identity, which is quicker than by equality
-_SAME = {ref: ref for ref in QUICK}
-
+_SAME = {ref: ref for ref in QUICK}  # found by identity, which is quicker than by equality
 _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     0x30: _Machine.pop,  # POP
     0x31: lambda machine: machine.pop_mark().clear(),  # POP_MARK
