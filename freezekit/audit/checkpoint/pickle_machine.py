@@ -327,7 +327,6 @@ class _Machine:
         if type(function) is GlobalRef and type(args) is tuple and (quick := QUICK.get(function)) is not None:
             if (made := quick(args)) is not None:
                 return made
-        # what a call is handed is looked through and may be copied, however often it is handed on
         if type(args) is tuple and len(args) < 20:
             for arg in args:
                 if type(arg) in (tuple, list, dict) and len(arg) > 8:
