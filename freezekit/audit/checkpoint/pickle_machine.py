@@ -18,7 +18,6 @@ from freezekit.audit.checkpoint.verdicts import canonical, is_foreign
 
 __all__ = ["LimitedReader", "PickleDamageError", "Unpickled", "unpickle"]
 
-#: a real pickler numbers its memo from 0 up
 _MAX_MEMO_INDEX = 2**32
 _MAX_NAME = 1_000
 
