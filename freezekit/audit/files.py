@@ -14,7 +14,7 @@ from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.folders import find_run
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.findings import DriftReport
-from freezekit.audit.frozen_set import blind_note, differing, frozen_names
+from freezekit.audit.frozen_set import blind_note, check_asked, differing, frozen_names
 from freezekit.audit.health import health, unjudged
 from freezekit.audit.pretrained import find_weights
 from freezekit.audit.stale import stale
@@ -88,13 +88,7 @@ def audit_checkpoint(
     paths, notes = _files_of(path)
     if len(paths) == 1 and (report := saved.report_in(paths[0])) is not None:
         return _as_saved(report, [name for name, value in given.items() if value is not None])
-    if frozen is not None and manifest is not None:
-        raise FreezekitError(
-            "a manifest says by itself what was frozen",
-            where="frozen",
-            got="both",
-            remedy="give one of the two",
-        )
+    check_asked(frozen, manifest)
     if frozen is not None and against is None and len(paths) == 1:
         raise FreezekitError(
             "there is nothing to compare the frozen layers with",

@@ -8,10 +8,26 @@ from freezekit.audit import manifest as manifests
 from freezekit.audit.bits import close, same_bits
 from freezekit.audit.held import Held, held_by, is_parameter
 from freezekit.audit.state import StateTable
+from freezekit.errors import FreezekitError
 from freezekit.manifest import Manifest
 from freezekit.patterns import below, select
 
-__all__ = ["blind_note", "differing", "frozen_names"]
+__all__ = ["blind_note", "check_asked", "differing", "frozen_names"]
+
+
+def check_asked(frozen: object, manifest: object) -> None:
+    """Refuse globs beside a manifest.
+
+    Raises:
+        FreezekitError: both were given.
+    """
+    if frozen is not None and manifest is not None:
+        raise FreezekitError(
+            "a manifest says by itself what was frozen",
+            where="frozen",
+            got="both",
+            remedy="give one of the two",
+        )
 
 
 def frozen_names(

@@ -19,7 +19,7 @@ from freezekit.audit.checkpoint.patching import Copy, Region, copy_bytes
 from freezekit.audit.checkpoint.tensors import ValueReader
 from freezekit.audit.files import read_base
 from freezekit.audit.findings import DriftReport, Finding
-from freezekit.audit.frozen_set import frozen_names
+from freezekit.audit.frozen_set import check_asked, frozen_names
 from freezekit.audit.recasting import FLOATS, fits, recast
 from freezekit.audit.state import StateTable, TensorState
 from freezekit.errors import CheckpointError, FreezekitError
@@ -313,13 +313,7 @@ def _frozen(
         FreezekitError: the base does not have the values that a manifest says were frozen.
     """
     table, base = aligned.table, aligned.base
-    if frozen is not None and manifest is not None:
-        raise FreezekitError(
-            "a manifest says by itself what was frozen",
-            where="frozen",
-            got="both",
-            remedy="give one of the two",
-        )
+    check_asked(frozen, manifest)
     if manifest is not None and not isinstance(manifest, Manifest):
         manifest = manifests.load_manifest(manifest)
     names, scope, said = frozen_names(

@@ -12,7 +12,7 @@ from freezekit.audit.checkpoint.rebuild import rebuild, usual_tensor, with_state
 from freezekit.audit.checkpoint.verdicts import is_compiled, is_harmful, is_weapon
 from freezekit.errors import CheckpointError
 
-__all__ = ["QUICK", "call", "check_adding", "check_state", "fill"]
+__all__ = ["as_tuple", "call", "check_adding", "check_state", "fill"]
 
 _DICTS = {
     GlobalRef("collections", "OrderedDict"),
@@ -39,8 +39,8 @@ _FROM_TYPE = {
 }
 
 
-#: what makes tensors and their dicts, to try before :func:`call`; ``None`` is for a call of an unusual kind
-QUICK: dict[GlobalRef, Callable[[tuple[Any, ...]], Any]] = {
+#: what tensors are made of, tried first; ``None`` is for a call that is not of the usual kind
+_QUICK: dict[GlobalRef, Callable[[tuple[Any, ...]], Any]] = {
     GlobalRef("collections", "OrderedDict"): lambda args: None if args else {},
     GlobalRef("torch._utils", "_rebuild_tensor_v2"): usual_tensor,
 }
@@ -58,6 +58,9 @@ def call(function: Any, given: Any, plain: bool) -> Any:
         CheckpointError: the call could do harm.
     """
     args = as_tuple(given)
+    quick = _QUICK.get(function) if type(function) is GlobalRef else None
+    if quick is not None and (made := quick(args)) is not None:
+        return made
     if function == _GETATTR and (nested := _nested_class(args)) is not None:
         return nested
     # each turn unwraps one layer, so that a file cannot make this recurse

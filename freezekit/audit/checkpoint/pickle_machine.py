@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Any
 
-from freezekit.audit.checkpoint.calls import QUICK, call, check_adding, check_state, fill
+from freezekit.audit.checkpoint.calls import as_tuple, call, check_adding, check_state, fill
 from freezekit.audit.checkpoint.container import printable
 from freezekit.audit.checkpoint.decoding import AGAIN, PickleBytes, PickleDamageError
 from freezekit.audit.checkpoint.inert import GlobalRef, Opaque, StorageRef, TensorRef
@@ -18,6 +18,7 @@ from freezekit.audit.checkpoint.verdicts import canonical, is_foreign
 
 __all__ = ["LimitedReader", "PickleDamageError", "Unpickled", "unpickle"]
 
+#: a real pickler numbers its memo from 0 up
 _MAX_MEMO_INDEX = 2**32
 _MAX_NAME = 1_000
 
@@ -315,17 +316,14 @@ class _Machine:
             if len(module) + len(name) > _MAX_NAME:  # what judges it takes its parts apart
                 raise ValueError("a global's name is too long")
             self.work += _OBJECT
-            ref = canonical(module, name)
-            self.globals[module, name] = ref = _SAME.get(ref, ref)
+            ref = self.globals[module, name] = canonical(module, name)
             if is_foreign(ref) and len(self.foreign) < 1000:
                 self.foreign[str(ref)] = None
         self.stack.append(ref)
 
     def call(self, function: Any, args: Any) -> Any:
+        # what a call is handed is looked through and may be copied, however often it is handed on
         self.work += _CALL
-        if type(function) is GlobalRef and type(args) is tuple and (quick := QUICK.get(function)) is not None:
-            if (made := quick(args)) is not None:
-                return made
         if type(args) is tuple and len(args) < 20:
             for arg in args:
                 if type(arg) in (tuple, list, dict) and len(arg) > 8:
@@ -346,9 +344,7 @@ class _Machine:
 
     def new_object_ex(self) -> None:
         keywords, args = self.stack.pop(), self.stack.pop()
-        if not isinstance(args, tuple):
-            raise TypeError("a call's arguments are no tuple")
-        self.work += _ITEM * len(args)
+        self.work += _ITEM * len(as_tuple(args))
         self.stack.append(self.call(self.stack.pop(), (*args, keywords) if keywords else args))
 
     def object_(self) -> None:
@@ -375,7 +371,6 @@ class _Machine:
         raise TypeError("a persistent id of unknown kind")
 
 
-_SAME = {ref: ref for ref in QUICK}  # found by identity, which is quicker than by equality
 _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     0x30: _Machine.pop,  # POP
     0x31: lambda machine: machine.pop_mark().clear(),  # POP_MARK
