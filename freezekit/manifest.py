@@ -241,6 +241,26 @@ class Manifest:
 
         return restore(self, model, optimizer, strict=strict)
 
+    def verify(self, model: nn.Module) -> None:
+        """Check that a model has the values that were frozen, whether it is frozen or not.
+
+        Args:
+            model: the model; prefixes of wrappers and buffers that are in no ``state_dict()`` do not matter.
+
+        Raises:
+            FreezekitError: the model is not the manifest's, or its values or dtypes differ.
+
+        >>> import freezekit
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+        >>> manifest = freezekit.freeze(model, "0").manifest()
+        >>> model[1].weight.data += 1
+        >>> manifest.verify(model)
+        """
+        from freezekit.freezing.manifest import verify
+
+        verify(self, model)
+
     def __str__(self) -> str:
         tensors, layers = len(self.tensors), len(self.layers)
         return (

@@ -69,6 +69,26 @@ def test_the_acting_arm_never_imports_the_observing_arm() -> None:
         assert not observing, f"{path}: {observing}"
 
 
+def test_neither_arm_imports_the_hooks_and_each_hook_its_own_framework() -> None:
+    for folder in ("audit", "report", "freezing", "nn"):
+        for path in files(folder):
+            assert not {name for name in imports(path) if name.startswith("freezekit.hooks")}, path
+    for path in files("hooks"):
+        others = {
+            "lightning",
+            "pytorch_lightning",
+            "transformers",
+            "ignite",
+            "fastai",
+            "accelerate",
+            "pytest",
+        }
+        own = {path.stem} | ({"pytorch_lightning"} if path.stem == "lightning" else set())
+        assert not {name.partition(".")[0] for name in imports(path)} & (others - own), path
+        if path.stem in others:
+            assert path.read_text().count("\n") <= 120, path
+
+
 def test_the_file_side_never_imports_torch() -> None:
     live = PACKAGE / "audit" / "live"
     # which published weights there are only their libraries know; it imports them where they are asked for

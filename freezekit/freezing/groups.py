@@ -20,14 +20,15 @@ __all__ = [
     "new_group",
     "orphans_of",
     "outsiders",
+    "set_rate",
     "training_group",
     "warn_of_orphans",
 ]
 
 
-def outsiders(optimizer: Any, named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    """Return those parameters that are in no group of the optimizer, and not parked from one; each once."""
-    known = ids_of(optimizer) | parked_ids(optimizer)
+def outsiders(optimizers: Iterable[Any], named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Return those parameters that are in no group of the optimizers, nor parked from one; each once."""
+    known = {one for optimizer in optimizers for one in ids_of(optimizer) | parked_ids(optimizer)}
     return list({id(p): (name, p) for name, p in reversed(list(named)) if id(p) not in known}.values())[::-1]
 
 
@@ -86,10 +87,15 @@ def new_group(optimizer: Any, lr: float | None) -> dict[str, Any]:
     own = ("params", "param_names", "name")
     group = {key: deepcopy(value) for key, value in like.items() if key not in own}
     if lr is not None:
-        group["lr"] = torch.full_like(like["lr"], lr) if isinstance(like.get("lr"), Tensor) else lr
+        set_rate(group, lr)
     if "param_names" in like:
         group["param_names"] = []
     return {"params": [], **group}
+
+
+def set_rate(group: dict[str, Any], lr: float) -> None:
+    """Set a group's learning rate; one that is a tensor stays one."""
+    group["lr"] = torch.full_like(group["lr"], lr) if isinstance(group.get("lr"), Tensor) else lr
 
 
 def check_number(value: Any, where: str) -> None:

@@ -22,7 +22,7 @@ from freezekit.freezing.optim import check_optimizers
 from freezekit.freezing.selection import Selection, require_module, resolve, tensors_of
 from freezekit.manifest import FrozenTensor, Manifest, bare_name
 
-__all__ = ["make_manifest", "restore"]
+__all__ = ["make_manifest", "restore", "verify"]
 
 
 def make_manifest(handle: Freeze) -> Manifest:
@@ -60,6 +60,12 @@ def make_manifest(handle: Freeze) -> Manifest:
         freezekit=__version__,
         torch=torch.__version__,
     )
+
+
+def verify(manifest: Manifest, model: nn.Module) -> None:
+    """As :meth:`freezekit.Manifest.verify`."""
+    require_module(model)
+    _Place(manifest, model).compare_values()
 
 
 def restore(manifest: Manifest, model: nn.Module, optimizer: Any, *, strict: bool) -> Freeze:

@@ -72,7 +72,7 @@ def _newcomers(
     if lr is not None:
         check_number(lr, "lr=")
     frozen = frozen_among(model, patterns) if optimizer is not None else []
-    new = [] if optimizer is None else outsiders(optimizer, parameters_of(model, frozen))
+    new = [] if optimizer is None else outsiders([optimizer], parameters_of(model, frozen))
     if lr is not None and not new:
         raise FreezekitError(
             "there will be no new group whose learning rate this could be",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,14 @@ from torch import nn
 
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding, optim
-from freezekit.freezing.groups import check_number, extend, new_group, outsiders, training_group
+from freezekit.freezing.groups import (
+    check_number,
+    extend,
+    new_group,
+    outsiders,
+    set_rate,
+    training_group,
+)
 from freezekit.freezing.release import frozen_among, parameters_of, unfreeze
 from freezekit.freezing.selection import require_module
 
@@ -26,7 +33,7 @@ class _Stage:
 
 
 class UnfreezeSchedule:
-    """Unfreeze parts of a frozen model at given epochs, for one optimizer.
+    """Unfreeze parts of a frozen model at given epochs.
 
     Make it after freezing and before a learning-rate scheduler. Parameters that the freeze took out of the
     optimizer (``optimizer=``) go back to the group they came from. For those that the optimizer does not
@@ -41,11 +48,14 @@ class UnfreezeSchedule:
 
     Args:
         model: the model, with something frozen.
-        optimizer: what trains it.
+        optimizer: what trains it, or several; the first takes what none of them has.
         stages: epochs and what begins to train at each: names or globs of what is frozen now.
         lr: the learning rate of the first stage's group; by default that of the group that trains, times
             ``decay``. Groups that parameters come back to keep their own.
         decay: each later stage has this times the learning rate of the one before.
+        growth: each epoch after a stage began multiplies its group's learning rate by this, a number or a
+            function of the epoch. A scheduler that sets rates anew each time (``LambdaLR``) undoes that.
+        align: a rate that has grown to that of the group that trains stays at it.
         bn: ``"train"``: BN layers begin to train with the rest; ``"freeze"``: they stay frozen.
 
     Raises:
@@ -80,36 +90,41 @@ class UnfreezeSchedule:
         *,
         lr: float | None = None,
         decay: float = 1.0,
+        growth: float | Callable[[int], float] = 1.0,
+        align: bool = True,
         bn: str = "train",
     ) -> None:
         require_module(model)
-        optimizer = optim.check_optimizer(optimizer)
-        if optimizer is None:
+        optimizers = optim.check_optimizers(optimizer)
+        if not optimizers:
             raise FreezekitError(
                 "no optimizer", where="optimizer", got="None", remedy="give what trains the model"
             )
         check_number(0.0 if lr is None else lr, "lr=")
         check_number(decay, "decay=")
+        if not callable(growth):
+            check_number(growth, "growth=")
         if bn not in ("train", "freeze"):
             raise FreezekitError(
                 "no such choice", where="bn=", got=repr(bn), remedy="give 'train' or 'freeze'"
             )
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self._growth, self._align = model, optimizers[0], growth, align
+        self._optimizers = optimizers
         self.epoch = -1
         """The last epoch that was reached."""
         self._stages = _resolved(model, stages, bn)
-        waiting = [stage for stage in self._stages if outsiders(optimizer, parameters_of(model, stage.names))]
-        if not waiting and (lr is not None or decay != 1):
+        waiting = [s for s in self._stages if outsiders(optimizers, parameters_of(model, s.names))]
+        if not waiting and (lr is not None or decay != 1 or growth != 1):
             raise FreezekitError(
                 "no stage needs a group of its own, so there is no learning rate to set",
-                where="lr=, decay=",
-                got=f"lr={lr!r}, decay={decay!r}",
+                where="lr=, decay=, growth=",
+                got=f"lr={lr!r}, decay={decay!r}, growth={growth!r}",
                 remedy="set the rates of the groups that the parameters come back to (parameter_groups)",
             )
-        groups = [new_group(optimizer, rate) for rate in self._rates(lr, decay, waiting)]
+        groups = [new_group(self.optimizer, rate) for rate in self._rates(lr, decay, waiting)]
         for stage, group in zip(waiting, groups, strict=True):
-            stage.group = len(optim.root_of(optimizer).param_groups)
-            optimizer.add_param_group(group)
+            stage.group = len(optim.root_of(self.optimizer).param_groups)
+            self.optimizer.add_param_group(group)
 
     def _rates(self, lr: float | None, decay: float, waiting: list[_Stage]) -> list[float | None]:
         if lr is None and decay == 1:
@@ -133,23 +148,38 @@ class UnfreezeSchedule:
         """
         _check_epoch(epoch, "epoch")
         names: list[str] = []
-        for stage in self._stages:
-            if self.epoch < stage.epoch <= epoch:
-                names += self._unfreeze(stage)
-                self.epoch = stage.epoch
+        last = epoch if self._growth != 1 else min(epoch, self._stages[-1].epoch)
+        for now in range(self.epoch + 1, last + 1):
+            for stage in self._stages:
+                if stage.epoch == now:
+                    names += self._unfreeze(stage)
+                elif stage.epoch < now:
+                    self._grow(stage, now)
+            self.epoch = now
         self.epoch = max(self.epoch, epoch)
         return names
+
+    def _grow(self, stage: _Stage, epoch: int) -> None:
+        """Raise the learning rate of a stage's group for an epoch."""
+        if self._growth == 1 or stage.group is None:
+            return
+        group = optim.root_of(self.optimizer).param_groups[stage.group]
+        factor = self._growth(epoch) if callable(self._growth) else self._growth
+        check_number(factor, "growth=")
+        rate = float(group["lr"]) * factor
+        set_rate(group, min(rate, float(training_group(self.optimizer)["lr"])) if self._align else rate)
 
     def _unfreeze(self, stage: _Stage) -> list[str]:
         frozen = set(frozen_among(self.model, "*"))
         names = [name for name in stage.names if name in frozen]
         if not names:  # someone has unfrozen it before
             return []
-        unfreeze(self.model, names, optimizer=self.optimizer if stage.group is None else None)
+        alone = stage.group is None and len(self._optimizers) == 1
+        unfreeze(self.model, names, optimizer=self.optimizer if alone else None)
         training = [(name, p) for name, p in parameters_of(self.model, names) if p.requires_grad]
         if stage.group is not None:
             group = optim.root_of(self.optimizer).param_groups[stage.group]
-            extend(group, outsiders(self.optimizer, training))
+            extend(group, outsiders(self._optimizers, training))
         return [name for name, _ in training]
 
     def state_dict(self) -> dict[str, Any]:

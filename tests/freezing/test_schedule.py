@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections import OrderedDict
 from collections.abc import Callable
@@ -165,8 +166,8 @@ def test_arguments_that_cannot_be_are_refused() -> None:
     scheduled = torch.optim.SGD(head, lr=0.1)
     lr_scheduler.StepLR(scheduled, 1)
     for given, options, text in (
-        (optimizer, {"lr": 0.1}, "lr=, decay=: no stage needs a group of its own"),
-        (optimizer, {"decay": 0.1}, "lr=, decay=: no stage needs a group of its own"),
+        (optimizer, {"lr": 0.1}, "lr=, decay=, growth=: no stage needs a group of its own"),
+        (optimizer, {"decay": 0.1}, "lr=, decay=, growth=: no stage needs a group of its own"),
         (optimizer, {"bn": "hold"}, "bn=: no such choice .got 'hold'"),
         (optimizer, {"decay": -1}, "decay=: not a finite number"),
         (scheduled, {}, "a learning-rate scheduler was made on this optimizer.*before the scheduler"),
@@ -326,3 +327,82 @@ def test_what_has_lost_its_home_gets_a_group() -> None:
     freeze(model, "layer3")
     assert schedule.step(2) == ["layer3.weight", "layer3.bias"]
     assert names_in(model, optimizer)[-1] == ["layer3.weight", "layer3.bias"]
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_rates_grow_until_they_are_those_of_the_head(tensor: bool) -> None:
+    model = net()
+    freeze_backbone(model)
+    rate = torch.tensor(1.0) if tensor else 1.0
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=rate)
+    seen: list[int] = []
+
+    def growth(epoch: int) -> float:
+        seen.append(epoch)
+        return 2.0
+
+    schedule = UnfreezeSchedule(model, optimizer, {1: "layer3", 3: "layer2"}, decay=0.2, growth=growth)
+    rates = []
+    for epoch in range(7):
+        schedule.step(epoch)
+        schedule.step(epoch)  # again is once
+        rates.append([pytest.approx(float(group["lr"])) for group in optimizer.param_groups])
+    assert rates == [
+        [1.0, 0.2, 0.04], [1.0, 0.2, 0.04], [1.0, 0.4, 0.04], [1.0, 0.8, 0.04],
+        [1.0, 1.0, 0.08], [1.0, 1.0, 0.16], [1.0, 1.0, 0.32],
+    ]  # fmt: skip
+    assert seen == [2, 3, 4, 4, 5, 5, 6, 6]
+    assert isinstance(optimizer.param_groups[1]["lr"], torch.Tensor) is tensor
+
+
+def test_an_aligned_rate_follows_that_of_the_head_down_and_another_does_not() -> None:
+    rates = {}
+    for align in (True, False):
+        model = net()
+        freeze_backbone(model)
+        optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+        schedule = UnfreezeSchedule(model, optimizer, {0: "layer3"}, lr=0.5, growth=4.0, align=align)
+        schedule.step(0)
+        schedule.step(1)
+        optimizer.param_groups[0]["lr"] = 0.1
+        schedule.step(2)
+        rates[align] = optimizer.param_groups[1]["lr"]
+    assert rates == {True: 0.1, False: 8.0}
+
+
+def test_growth_in_a_resumed_run_is_that_of_the_whole_run() -> None:
+    def start() -> tuple[nn.Sequential, torch.optim.Optimizer, UnfreezeSchedule]:
+        model = net()
+        freeze_backbone(model)
+        optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+        return model, optimizer, UnfreezeSchedule(model, optimizer, {1: "layer3"}, lr=0.01, growth=1.5)
+
+    _, whole, schedule = start()
+    for epoch in range(4):
+        schedule.step(epoch)
+    saved = (schedule.state_dict(), copy.deepcopy(whole.state_dict()))
+    schedule.step(4)
+    _, resumed, schedule = start()
+    schedule.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    schedule.step(4)
+    assert resumed.param_groups[1]["lr"] == whole.param_groups[1]["lr"]
+
+
+def test_growth_that_is_no_factor_is_refused() -> None:
+    model = net()
+    freeze_backbone(model)
+    optimizer = torch.optim.SGD(trainable_parameters(model), lr=1.0)
+    with pytest.raises(FreezekitError, match=r"growth=: not a finite number"):
+        UnfreezeSchedule(model, optimizer, {1: "layer3"}, growth=-1.0)
+    schedule = UnfreezeSchedule(model, optimizer, {1: "layer3"}, growth=lambda epoch: float("nan"))
+    with pytest.raises(FreezekitError, match=r"growth=: not a finite number"):
+        schedule.step(2)
+
+
+def test_growth_without_a_group_of_its_own_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    freeze_backbone(model, optimizer=optimizer)
+    with pytest.raises(FreezekitError, match="growth=2.0"):
+        UnfreezeSchedule(model, optimizer, {1: "layer3"}, growth=2.0)

@@ -34,7 +34,7 @@ class DriftAuditor:
 
     It works on any model, whoever froze it and however: by default whatever does not require a gradient
     counts as frozen, with the buffers beside it and tensors held as plain attributes. What is frozen, and the
-    state to compare with, is that at construction: make a new auditor after unfreezing something. As a
+    state to compare with, is that at construction; call :meth:`renew` after unfreezing something. As a
     context manager, or between :meth:`attach` and :meth:`detach`, it checks by itself after every optimizer
     step, so the loop needs no change. It writes nothing to the model; while attached it wraps
     ``nn.Module.__setattr__`` and a few other functions of torch to see who moves what, and puts them back.
@@ -111,7 +111,18 @@ class DriftAuditor:
         self.on_drift = on_drift
         self.step = 0
         """Optimizer steps seen while attached."""
-        self._region = Region(model, frozen, norm=watch == "norm")
+        self._asked_for = (frozen, watch, keep, snapshot, probe)
+        self._earlier: DriftReport | None = None
+        self._watched: frozenset[str] = frozenset()
+        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._hook: Any = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take the frozen part as it is now."""
+        frozen, watch, keep, snapshot, probe = self._asked_for
+        self._region = Region(self.model, frozen, norm=watch == "norm", empty=bool(self._watched))
+        self._watched |= self._region.places.keys()
         self._snapshot = Snapshot(
             self._region, turns=watch == "rolling", digest=snapshot == "digest", host=keep == "host"
         )
@@ -124,8 +135,7 @@ class DriftAuditor:
         self._causes: dict[str, Cause] = {}
         self._asked: dict[str, int] = {}
         self._seen: set[tuple[str, str]] = set()
-        self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._hook: Any = None
+        self._trained: set[tuple[str, str]] = set()
 
     @property
     def kept_bytes(self) -> int:
@@ -156,6 +166,35 @@ class DriftAuditor:
             if self._probe is not None:
                 self._probe.disarm()
 
+    def renew(self) -> None:
+        """Watch what is frozen now: call it after something was unfrozen or frozen on purpose.
+
+        What stays frozen is compared first, and goes on being compared with the state it was frozen in;
+        what had moved by then stays in the report, and is compared with what it is now. With nothing left
+        frozen there is nothing to find.
+
+        Raises:
+            DriftError: something moved and ``on_drift`` is ``"raise"``.
+
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+        >>> _ = model[:2].requires_grad_(False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> with DriftAuditor(model, optimizer) as auditor:
+        ...     _ = model[1].requires_grad_(True)
+        ...     auditor.renew()
+        ...     model(torch.ones(1, 2)).sum().backward()
+        ...     optimizer.step()
+        >>> auditor.report().clean
+        True
+        """
+        self._react(self._look(full=True))
+        self._earlier, attached = self.report(), self._hook is not None
+        self.detach()
+        self._begin()
+        if attached:
+            self.attach()
+
     def check(self) -> list[Finding]:
         """Compare now, react as ``on_drift`` says, and return the findings that are new.
 
@@ -164,19 +203,23 @@ class DriftAuditor:
         """
         return self._react(self._look())
 
-    def report(self) -> DriftReport:
-        """Compare everything, and return the state of things with the step at which each was first seen."""
-        changes = self._look(full=True)
+    def report(self, *, full: bool = True) -> DriftReport:
+        """Compare, and return the state of things with the step at which each was first seen.
+
+        Args:
+            full: compare everything, and not only what is due at a check.
+        """
+        changes = self._look(full=full)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
         self._note(layers, last=True)
         by_owner = _by_owner(changes)
         steps = {name: step for (code, name), step in self._first.items() if code in ("FK101", "FK102")}
         notes = self._region.notes + (() if self._probe is None else tuple(self._probe.notes))
-        return DriftReport(
+        report = DriftReport(
             f"{type(self.model).__name__} after {self.step} step{'' if self.step == 1 else 's'}",
             "its state when the auditor was made",
             self._region.scope,
-            len(self._region.places.keys() | set(changed)),  # with what was added
+            len(self._watched | set(changed)),  # with what was added
             tuple(changed),
             tuple(
                 replace(layer, step=steps.get(layer.name), timeline=self._timeline.of(layer.name))
@@ -185,6 +228,7 @@ class DriftAuditor:
             tuple(self._completed(finding, by_owner) for finding in (*findings, *self._behaviour.values())),
             notes,
         )
+        return report if self._earlier is None else _continued(self._earlier, report)
 
     def __enter__(self) -> DriftAuditor:
         return self.attach()
@@ -243,6 +287,8 @@ class DriftAuditor:
             key = (finding.code, finding.name)
             if key not in self._first:
                 self._first[key] = self.step
+                if self._trains_now(finding.name):
+                    self._trained.add(key)
                 new.append(self._completed(finding, by_owner))
         if not new or self.on_drift == "record":
             return new
@@ -280,10 +326,11 @@ class DriftAuditor:
             cause = next((one for one in known if one.kind != "unknown"), known[0] if known else None)
             if cause is not None and cause.kind != "unknown":
                 fix = CAUSES[cause.kind]
-        if self._trains_now(finding.name):
+        key = (finding.code, finding.name)
+        if key in self._trained or (key not in self._first and self._trains_now(finding.name)):
             message += "; it requires a gradient by now"
-            fix = "make a new DriftAuditor after unfreezing; if nothing was to be unfrozen, freeze it again"
-        step = self._first.get((finding.code, finding.name))
+            fix = "call auditor.renew() after unfreezing; if nothing was to be unfrozen, freeze it again"
+        step = self._first.get(key)
         return replace(finding, message=message, fix=fix, step=step, cause=cause)
 
     def _trains_now(self, name: str) -> bool:
@@ -318,6 +365,20 @@ def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
 def _is_of(finding: Finding, place: Place) -> bool:
     """Tell whether a finding is of what is at a place: of a layer, its statistics, not its weight."""
     return finding.name == place.name or finding.code == "FK203" or place.role in STATS
+
+
+def _continued(earlier: DriftReport, report: DriftReport) -> DriftReport:
+    """Return a report with what was found before the auditor was renewed; of what both tell, the first."""
+    told = {(finding.code, finding.name) for finding in earlier.findings}
+    layers = {layer.name: layer for layer in earlier.layers}
+    layers |= {now.name: now for now in report.layers if now.changed or not layers.get(now.name, now).changed}
+    return replace(
+        report,
+        changed=tuple(dict.fromkeys([*earlier.changed, *report.changed])),
+        layers=tuple(layers.values()),
+        findings=(*earlier.findings, *(f for f in report.findings if (f.code, f.name) not in told)),
+        notes=tuple(dict.fromkeys([*earlier.notes, *report.notes])),
+    )
 
 
 def _one_of(where: str, given: object, what: str, *known: str) -> None:

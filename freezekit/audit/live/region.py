@@ -116,6 +116,7 @@ class Region:
         frozen: names or globs of the frozen layers and tensors; by default what does not require a gradient,
             with the buffers beside it.
         norm: only the norm layers.
+        empty: nothing need be frozen.
 
     Raises:
         FreezekitError: nothing is frozen.
@@ -128,7 +129,12 @@ class Region:
     """
 
     def __init__(
-        self, model: nn.Module, frozen: str | Iterable[str] | None = None, *, norm: bool = False
+        self,
+        model: nn.Module,
+        frozen: str | Iterable[str] | None = None,
+        *,
+        norm: bool = False,
+        empty: bool = False,
     ) -> None:
         self.model = model
         everything = places(model)
@@ -145,7 +151,7 @@ class Region:
         if norm:
             names = [name for name in names if is_norm(everything[name].owner)]
             self.scope += ", norm layers only"
-        if not names:
+        if not names and not empty:
             raise FreezekitError(
                 "no norm layer in the model is frozen"
                 if norm

@@ -705,7 +705,7 @@ def test_what_was_unfrozen_meanwhile_is_said_to_be() -> None:
         ("FK101", "bn"),
         *(("FK103", f"{m}.{t}") for m in ("bn", "lin") for t in ("weight", "bias")),
     }
-    assert all("make a new DriftAuditor" in f.fix for f in report.findings if (f.code, f.name) in found)
+    assert all("auditor.renew()" in f.fix for f in report.findings if (f.code, f.name) in found)
     assert not any("by now" in f.message for f in given.report().findings)  # it was told what must not move
     assert max(str(finding).count("by now") for finding in auditor.check()) == 1
     with DriftAuditor(model, optimizer):

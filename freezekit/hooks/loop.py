@@ -1,0 +1,271 @@
+"""Freezing and auditing in a loop of one's own; the other hooks translate a framework's events to these."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from freezekit.audit.findings import DriftReport
+from freezekit.audit.live.monitor import DriftAuditor
+from freezekit.errors import FreezekitError
+from freezekit.freezing.freeze import freeze_backbone
+from freezekit.freezing.handle import Freeze
+from freezekit.freezing.optim import root_of
+from freezekit.freezing.schedule import UnfreezeSchedule
+from freezekit.manifest import Manifest
+
+__all__ = ["DriftAudit", "FreezeBackbone"]
+
+log = logging.getLogger("freezekit")
+
+_seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that a hook has frozen: to find all of one trained by now is no mistake."""
+
+
+class FreezeBackbone:
+    """Freeze a backbone for a training run, and unfreeze parts of it as the epochs go.
+
+    Call :meth:`freeze` before the optimizer is made (or wrapped, or given to DDP), :meth:`start` when it has
+    been, :meth:`start_epoch` at each epoch; save :meth:`state_dict` with a checkpoint, and on resuming load
+    it between the first two, before the optimizer's own state.
+
+    Args:
+        head: as for :func:`freezekit.freeze_backbone`, as are ``backbone``, ``bn``, ``convert`` and ``hold``.
+        unfreeze: epochs, counted from 0, and what begins to train at each: names or globs.
+        lr: as for :class:`freezekit.UnfreezeSchedule`, as are ``decay``, ``growth`` and ``align``. An
+            optimizer made with all parameters needs none of these: frozen ones wait in their groups.
+        unfreeze_bn: the schedule's ``bn``: ``"freeze"`` leaves BN frozen when what is around it trains.
+
+    >>> import torch
+    >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    >>> hook = FreezeBackbone(head="2", unfreeze={1: "1"})
+    >>> handle = hook.freeze(model)
+    >>> hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> for epoch in range(2):
+    ...     print(epoch, hook.start_epoch(epoch))
+    0 []
+    1 ['1.weight', '1.bias']
+    """
+
+    def __init__(
+        self,
+        *,
+        head: Any = None,
+        backbone: Any = None,
+        bn: str = "freeze",
+        convert: str | None = None,
+        hold: str = "all",
+        unfreeze: Mapping[int, str | Iterable[str]] | None = None,
+        lr: float | None = None,
+        decay: float = 1.0,
+        growth: float | Callable[[int], float] = 1.0,
+        align: bool = True,
+        unfreeze_bn: str = "train",
+    ) -> None:
+        self._how = {"head": head, "backbone": backbone, "bn": bn, "convert": convert, "hold": hold}
+        self._stages = {
+            epoch: [p] if isinstance(p, str) else list(p) for epoch, p in (unfreeze or {}).items()
+        }
+        self._options: dict[str, Any] = {
+            "lr": lr,
+            "decay": decay,
+            "growth": growth,
+            "align": align,
+            "bn": unfreeze_bn,
+        }
+        self._reached = -1
+        self._resumed: Mapping[str, Any] | None = None
+        self._made: Manifest | None = None
+        self.handle: Freeze | None = None
+        """The freeze in force."""
+        self.schedule: UnfreezeSchedule | None = None
+        """What unfreezes, once :meth:`start` has been called, if there is more to come."""
+
+    def freeze(self, model: nn.Module) -> Freeze:
+        """Freeze the model's backbone; the same model again changes nothing."""
+        if self.handle is None or self.handle.model is not model:
+            self.handle = freeze_backbone(model, **self._how)
+            self._reached, self._made = -1, None
+            _seen.add(model)
+            log.info("froze %d tensors of a %s", len(self.handle.frozen), type(model).__name__)
+        return self.handle
+
+    def start(self, optimizer: Any, model: nn.Module | None = None) -> None:
+        """Take up the optimizer, or several; when resumed, unfreeze what had been, and check the rest.
+
+        Args:
+            optimizer: what trains the model.
+            model: what is run, if that is a wrapper by now.
+
+        Raises:
+            FreezekitError: nothing was frozen before, or a stage does not fit the model or the optimizer, or
+                what the checkpoint says is frozen has other values in the model.
+        """
+        if self.handle is None:
+            raise FreezekitError("nothing is frozen yet", where="start", remedy="call .freeze(model) first")
+        if self._stages and isinstance(model, nn.parallel.DistributedDataParallel):
+            raise FreezekitError(
+                "DistributedDataParallel would leave what is unfrozen later unsynchronised",
+                where="unfreeze=",
+                got=f"stages at epochs {sorted(self._stages)}",
+                remedy="train each stage in a run of its own, unfrozen before it is wrapped",
+            )
+        stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
+        self.schedule = (
+            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
+        )
+        if (state := self._resumed) is not None:
+            self._resumed = None
+            self.start_epoch(state["epoch"])
+            self._made = Manifest.from_json(state["manifest"])
+            self._made.verify(self.handle.model)
+
+    def start_epoch(self, epoch: int) -> list[str]:
+        """Unfreeze what is due, and return the names of the parameters that train from now on."""
+        names = [] if self.schedule is None or epoch < 0 else self.schedule.step(epoch)
+        self._reached = max(self._reached, epoch)
+        if names:
+            log.info("epoch %d: %d more parameters train, from %s", epoch, len(names), names[0])
+        return names
+
+    def manifest(self) -> Manifest:
+        """Return what is frozen now, with the digests it had when this was first called."""
+        if self.handle is None:
+            raise FreezekitError(
+                "nothing is frozen yet", where="manifest", remedy="call .freeze(model) first"
+            )
+        if self._made is None or self._made.frozen != self.handle.frozen:
+            self._made = self.handle.manifest()
+        return self._made
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epoch reached, the stages and the manifest, as plain data."""
+        return {"epoch": self._reached, "stages": self._plain(), "manifest": self.manifest().to_json()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a saved state: :meth:`start` then goes on from there.
+
+        Raises:
+            FreezekitError: it was saved with other stages.
+        """
+        if state["stages"] != self._plain():
+            raise FreezekitError(
+                "the state was saved with other stages",
+                where="unfreeze=",
+                got=f"{self._plain()}, saved {state['stages']}",
+                remedy="give the same unfreeze= as then",
+            )
+        if self.handle is not None and self._reached >= 0:  # this run went on, and is to go on from before
+            model = self.handle.model
+            self.handle.undo()
+            self.handle = None
+            self.freeze(model)
+        self._resumed = state
+
+    def _plain(self) -> list[list[Any]]:
+        return [[epoch, self._stages[epoch]] for epoch in sorted(self._stages)]
+
+
+class DriftAudit:
+    """Audit a training run with :class:`freezekit.DriftAuditor`, for a framework's callbacks and its logger.
+
+    What the run unfreezes between epochs is no longer watched; what stays frozen is, from first to last.
+
+    Args:
+        frozen: as for :class:`freezekit.DriftAuditor`, as are ``every``, ``on_drift``, ``watch``, ``keep``,
+            ``snapshot`` and ``probe``.
+        save: where to save the report at the end, as JSON for ``freezekit audit``.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
+    >>> _ = model[0].requires_grad_(False)  # not enough
+    >>> optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    >>> audit = DriftAudit(on_drift="record")
+    >>> audit.start(model, optimizer)
+    >>> model(torch.tensor([[0.0, 1.0], [2.0, 3.0]])).sum().backward()
+    >>> optimizer.step()
+    >>> sorted(audit.scalars())
+    ['freezekit/0/mean_shift_sigma', 'freezekit/0/var_ratio', 'freezekit/changed']
+    >>> audit.finish().clean
+    False
+    """
+
+    def __init__(
+        self,
+        *,
+        frozen: str | Iterable[str] | None = None,
+        every: int = 1,
+        on_drift: str = "raise",
+        watch: str = "rolling",
+        keep: str = "device",
+        snapshot: str = "copy",
+        probe: int | None = None,
+        save: str | Path | None = None,
+    ) -> None:
+        self._how = {"frozen": frozen, "every": every, "on_drift": on_drift, "watch": watch, "keep": keep}
+        self._how |= {"snapshot": snapshot, "probe": probe}
+        self._save = save
+        self._training: frozenset[str] = frozenset()
+        self.auditor: DriftAuditor | None = None
+        """The auditor of this run."""
+        self.report: DriftReport | None = None
+        """The report, once the run is over."""
+
+    def start(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Watch the model from now on, after each step of the optimizer, or of every one that trains it."""
+        self.stop()
+        self._training = _trains(model)
+        if len(self._training) == len([*model.parameters()]) and any(m in _seen for m in model.modules()):
+            log.info("all of the %s trains by now: there is nothing to audit", type(model).__name__)
+            return
+        optimizer = None if optimizer is None else root_of(optimizer)
+        self.auditor = DriftAuditor(model, optimizer, **self._how).attach()  # type: ignore[arg-type]
+
+    def start_epoch(self) -> None:
+        """Take note of what was unfrozen, or frozen."""
+        if self.auditor is not None and (now := _trains(self.auditor.model)) != self._training:
+            self._training = now
+            self.auditor.renew()
+
+    def scalars(self) -> dict[str, float]:
+        """Return how many frozen tensors have changed, and how far the layers that moved are."""
+        if self.auditor is None:
+            return {}
+        report = self.auditor.report(full=False)
+        found = {"freezekit/changed": float(len(report.changed))}
+        for layer in report.layers:
+            for key in ("mean_shift_sigma", "var_ratio"):
+                if layer.changed and (value := getattr(layer, key)) is not None:
+                    found[f"freezekit/{layer.name}/{key}"] = value
+        return found
+
+    def finish(self) -> DriftReport | None:
+        """Compare everything once more, react as ``on_drift`` says, save the report and return it."""
+        auditor = self.auditor
+        if auditor is None:
+            return None
+        self.start_epoch()
+        self.auditor = None
+        try:
+            auditor.__exit__(None)
+        finally:
+            self.report = auditor.report()
+            if self._save is not None:
+                self.report.save(self._save)
+        return self.report
+
+    def stop(self) -> None:
+        """Stop watching, as after an error; :attr:`report` is what is known by then."""
+        if self.auditor is not None:
+            self.report = self.auditor.report(full=False)
+            self.auditor.detach()
+            self.auditor = None
+
+
+def _trains(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -1,0 +1,277 @@
+"""The plain loop's hooks: a schedule, a resume in the middle of it, and an audit that follows it."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+from freezekit import DriftError, DriftReport, FreezekitError, audit_checkpoint, unfreeze
+from freezekit.hooks.loop import DriftAudit, FreezeBackbone
+
+STAGES = {1: "layer2*", 3: ["layer1", "layer1_bn"]}
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for name in ("layer1", "layer2"):
+        layers[name] = nn.Linear(4, 4)
+        layers[f"{name}_bn"] = nn.BatchNorm1d(4)
+    layers["fc"] = nn.Linear(4, 2)
+    return zoo.scramble(nn.Sequential(layers))  # type: ignore[return-value]
+
+
+def train(
+    model: nn.Module, optimizer: Any, hook: FreezeBackbone, audit: DriftAudit, epochs: range
+) -> dict[int, dict[str, Any]]:
+    """Train, and return what would be saved after each epoch."""
+    saved = {}
+    for epoch in epochs:
+        hook.start_epoch(epoch)
+        audit.start_epoch()
+        for step in range(2):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(10 * epoch + step))
+            optimizer.zero_grad()
+            model.train()(x).square().mean().backward()
+            optimizer.step()
+        file = io.BytesIO()
+        torch.save(
+            {"model": model.state_dict(), "hook": hook.state_dict(), "optimizer": optimizer.state_dict()},
+            file,
+        )
+        saved[epoch] = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    return saved
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_resumed_run_ends_as_the_whole_one(everything: bool) -> None:
+    """The optimizer has all parameters, or only those that train at first."""
+    options: dict[str, Any] = {} if everything else {"decay": 0.5, "growth": 1.5}
+
+    def start() -> tuple[nn.Module, FreezeBackbone]:
+        model, hook = net(), FreezeBackbone(unfreeze=STAGES, **options)
+        hook.freeze(model)
+        return model, hook
+
+    def adam(model: nn.Module) -> Any:
+        return torch.optim.AdamW([p for p in model.parameters() if everything or p.requires_grad], lr=0.1)
+
+    model, hook = start()
+    optimizer = adam(model)
+    hook.start(optimizer)
+    audit = DriftAudit(watch="all")
+    audit.start(model, optimizer)
+    saved = train(model, optimizer, hook, audit, range(5))
+    assert audit.finish() is not None
+    for epoch in range(4):
+        again, other = start()
+        state = copy.deepcopy(saved[epoch])
+        again.load_state_dict(state["model"])
+        other.load_state_dict(state["hook"])
+        resumed = adam(again)
+        other.start(resumed)
+        resumed.load_state_dict(state["optimizer"])
+        watch = DriftAudit(watch="all")
+        watch.start(again, resumed)
+        train(again, resumed, other, watch, range(epoch + 1, 5))
+        report = watch.finish()
+        assert report.clean if report is not None else epoch == 3  # all of it trains by then
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(again.state_dict()[name], tensor), (epoch, name)
+
+
+def test_a_resume_with_values_that_had_drifted_is_refused() -> None:
+    model, hook = net(), FreezeBackbone(unfreeze={1: "layer2"})
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook.start(optimizer)
+    saved = train(model, optimizer, hook, DriftAudit(), range(2))[1]
+    saved["model"]["layer1_bn.running_mean"] += 1
+    again, other = net(), FreezeBackbone(unfreeze={1: "layer2"})
+    other.freeze(again)
+    again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["hook"])
+    with pytest.raises(FreezekitError, match="other values in the model.*layer1_bn.running_mean"):
+        other.start(torch.optim.SGD(again.parameters(), lr=0.1))
+
+
+def test_other_stages_than_those_saved_are_refused() -> None:
+    hook = FreezeBackbone(unfreeze=STAGES)
+    hook.freeze(net())
+    other = FreezeBackbone(unfreeze={2: "layer2"})
+    with pytest.raises(FreezekitError, match=r"unfreeze=: the state was saved with other stages"):
+        other.load_state_dict(hook.state_dict())
+
+
+def test_the_same_run_can_go_back_to_an_earlier_checkpoint() -> None:
+    model, hook = net(), FreezeBackbone(unfreeze=STAGES)
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook.start(optimizer)
+    saved = train(model, optimizer, hook, DriftAudit(), range(4))
+    assert hook.handle is not None
+    assert hook.handle.frozen == []
+    model.load_state_dict(saved[1]["model"])
+    hook.load_state_dict(saved[1]["hook"])
+    hook.start(optimizer)
+    assert {name.partition(".")[0] for name in hook.handle.frozen} == {"layer1", "layer1_bn"}
+
+
+def test_a_second_run_of_the_same_model_goes_on_with_the_stages_that_are_left() -> None:
+    model, hook = net(), FreezeBackbone(unfreeze=STAGES)
+    hook.freeze(model)
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    hook.start_epoch(1)
+    hook.freeze(model)
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert hook.start_epoch(1) == []
+    assert hook.start_epoch(3)[0] == "layer1.weight"
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert hook.schedule is None
+    other = net()
+    hook.freeze(other)
+    hook.start(torch.optim.SGD(other.parameters(), lr=0.1))
+    assert len(hook.start_epoch(3)) == 8
+
+
+def test_several_optimizers_and_no_parameter_in_two_of_them() -> None:
+    model, hook = net(), FreezeBackbone(unfreeze={1: "layer2", 2: "layer1"}, lr=0.5)
+    hook.freeze(model)
+    one = torch.optim.SGD(model.fc.parameters(), lr=0.1)  # type: ignore[union-attr]
+    two = torch.optim.SGD(model.layer2.parameters(), lr=0.2)  # type: ignore[union-attr]
+    hook.start([one, two])
+    hook.start_epoch(2)
+    assert [len(g["params"]) for g in one.param_groups] == [2, 2]
+    assert one.param_groups[1]["lr"] == 0.5
+    assert [len(g["params"]) for g in two.param_groups] == [2]
+
+
+def test_a_stage_under_ddp_is_refused_with_the_call_to_make() -> None:
+    hook, model = FreezeBackbone(unfreeze=STAGES), net()
+    hook.freeze(model)
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(FreezekitError, match="unsynchronised.*unfrozen before it is wrapped"):
+        hook.start(torch.optim.SGD(model.parameters(), lr=0.1), wrapped)
+
+
+def test_calls_out_of_turn_say_what_to_call_first() -> None:
+    hook = FreezeBackbone()
+    for call in (lambda: hook.start(torch.optim.SGD(net().parameters(), lr=0.1)), hook.state_dict):
+        with pytest.raises(FreezekitError, match=r"nothing is frozen yet.*call \.freeze\(model\) first"):
+            call()
+
+
+def test_the_manifest_has_the_digests_of_the_start() -> None:
+    """What drifts later does not get a manifest that says it had been so from the first."""
+    hook, model = FreezeBackbone(), net()
+    hook.freeze(model)
+    first = hook.manifest()
+    model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
+    assert hook.manifest() == first
+
+
+def test_a_checkpoint_with_the_hooks_manifest_is_audited(tmp_path: Path) -> None:
+    hook, model = FreezeBackbone(), net()
+    hook.freeze(model)
+    for file, clean in (("right.pth", True), ("wrong.pth", False)):
+        torch.save(
+            {"state_dict": model.state_dict(), "freezekit_manifest": hook.state_dict()["manifest"]},
+            tmp_path / file,
+        )
+        assert audit_checkpoint(tmp_path / file).clean is clean
+        model.layer1_bn.running_var.mul_(2)  # type: ignore[union-attr, operator]
+
+
+def test_the_audit_finds_what_the_naive_way_does_and_saves_it(tmp_path: Path) -> None:
+    model = net()
+    model[:4].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    audit = DriftAudit(on_drift="record", save=tmp_path / "drift.json")
+    assert audit.scalars() == {}
+    assert audit.finish() is None
+    audit.start(model, optimizer)
+    assert audit.scalars() == {"freezekit/changed": 0.0}
+    hook = FreezeBackbone()
+    hook.freeze(net())
+    train(model, optimizer, hook, audit, range(1))
+    scalars = audit.scalars()
+    report = audit.finish()
+    assert report is not None
+    assert report == audit.report == DriftReport.load(tmp_path / "drift.json")
+    assert [f.name for f in report.findings] == ["layer1_bn", "layer2_bn"]
+    assert scalars == {
+        "freezekit/changed": 6.0,
+        **{
+            f"freezekit/{layer.name}/{key}": getattr(layer, key)
+            for layer in report.layers
+            for key in ("mean_shift_sigma", "var_ratio")
+        },
+    }
+
+
+def test_what_the_last_step_left_is_found_at_the_end_and_the_report_is_saved(tmp_path: Path) -> None:
+    model, hook = net(), FreezeBackbone()
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    audit = DriftAudit(save=tmp_path / "drift.json")
+    audit.start(model, optimizer)
+    model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
+    with pytest.raises(DriftError, match=r"FK103 layer1\.weight"):
+        audit.finish()
+    assert DriftReport.load(tmp_path / "drift.json").changed == ("layer1.weight",)
+    assert audit.auditor is None
+
+
+def test_after_an_error_nothing_is_watched_and_the_report_says_what_is_known() -> None:
+    model, hook = net(), FreezeBackbone()
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    audit = DriftAudit()
+    audit.start(model, optimizer)
+    audit.stop()
+    assert audit.report is not None
+    model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
+    model.train()(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_what_somebody_else_unfreezes_between_epochs_is_not_drift() -> None:
+    model, hook = net(), FreezeBackbone()
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    audit = DriftAudit(watch="all")
+    audit.start(model, optimizer)
+    train(model, optimizer, hook, audit, range(1))
+    unfreeze(model, "layer2*")
+    train(model, optimizer, hook, audit, range(1, 2))
+    report = audit.finish()
+    assert report is not None
+    assert report.clean
+    assert report.compared == 14
+
+
+def test_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="freezekit"):
+        hook, model = FreezeBackbone(unfreeze={1: "layer2"}), net()
+        hook.freeze(model)
+        hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+        hook.start_epoch(1)
+    assert caplog.messages == [
+        "froze 14 tensors of a Sequential",
+        "epoch 1: 2 more parameters train, from layer2.weight",
+    ]
+
+
+def test_to_audit_what_nobody_has_frozen_is_a_mistake() -> None:
+    model = net()
+    with pytest.raises(FreezekitError, match="nothing in the model is frozen"):
+        DriftAudit().start(model, torch.optim.SGD(model.parameters(), lr=0.1))
