@@ -1,0 +1,1 @@
+"""Hooks for training loops: thin, each only translates its framework's events."""
