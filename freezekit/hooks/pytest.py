@@ -1,4 +1,4 @@
-"""pytest plug-in: guards a training step in a test. Each run loads it, so nothing heavy is imported here."""
+"""pytest plug-in: guards a training step. Every run loads it: big imports come late. PYTEST_DONT_REWRITE."""
 
 from __future__ import annotations
 
