@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +135,17 @@ class FreezeBackbone:
         return names
 
     def manifest(self) -> Manifest:
-        """Return what is frozen now, with the digests it had when this was first called."""
+        """Return what is frozen now, each tensor with the digest it had when this was first called."""
         if self.handle is None:
             raise FreezekitError(
                 "nothing is frozen yet", where="manifest", remedy="call .freeze(model) first"
             )
-        if self._made is None or self._made.frozen != self.handle.frozen:
+        if self._made is None:
             self._made = self.handle.manifest()
+        elif self._made.frozen != self.handle.frozen:
+            first = {tensor.name: tensor for tensor in self._made.tensors}
+            now = self.handle.manifest()
+            self._made = replace(now, tensors=tuple(first.get(t.name, t) for t in now.tensors))
         return self._made
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,17 +259,22 @@ class DriftAudit:
         try:
             auditor.__exit__(None)
         finally:
-            self.report = auditor.report()
-            if self._save is not None:
-                self.report.save(self._save)
+            self._take(auditor.report())
         return self.report
 
     def stop(self) -> None:
-        """Stop watching, as after an error; :attr:`report` is what is known by then."""
-        if self.auditor is not None:
-            self.report = self.auditor.report(full=False)
-            self.auditor.detach()
-            self.auditor = None
+        """Stop watching, as after an error; :attr:`report` is what is known by then, and is saved."""
+        auditor, self.auditor = self.auditor, None
+        if auditor is not None:
+            try:
+                self._take(auditor.report(full=False))
+            finally:
+                auditor.detach()
+
+    def _take(self, report: DriftReport) -> None:
+        self.report = report
+        if self._save is not None:
+            report.save(self._save)
 
 
 def _trains(model: nn.Module) -> frozenset[str]:
