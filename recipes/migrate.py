@@ -208,7 +208,7 @@ def mobilenet_v3() -> nn.Module:
 class Case:
     """An old way and the new one; ``head`` is what trains, and is given the backbone's output."""
 
-    needs: str
+    needs: tuple[str, ...]
     old: str
     before: Callable[[nn.Module], nn.Module]
     leaves: set[str]
@@ -237,32 +237,30 @@ ALL, BODY, GROUPS = (
     "freeze_to(model, -1)",
 )
 CASES = [
-    Case("torch", "eval() in a train() of one's own", by_hand_before, set(),
+    Case(("torch",), "eval() in a train() of one's own", by_hand_before, set(),
          ALL, by_hand_after, mobilenet, "classifier"),
-    Case("torch", "the same, then SWA's update_bn", by_hand_before, {MOVED, OUTPUT},
+    Case(("torch",), "the same, then SWA's update_bn", by_hand_before, {MOVED, OUTPUT},
          ALL, by_hand_after, mobilenet, "classifier", average_weights),
-    Case("torchvision", "torchvision FrozenBatchNorm2d", torchvision_before, {KEYS, OUTPUT},
+    Case(("torchvision",), "torchvision FrozenBatchNorm2d", torchvision_before, {KEYS, OUTPUT},
          BODY, torchvision_after, detection_body, "fpn"),
-    Case("timm", "timm freeze(model, submodules)", timm_before, {MOVED, KEYS, OUTPUT},
+    Case(("timm",), "timm freeze(model, submodules)", timm_before, {MOVED, KEYS, OUTPUT},
          ALL, timm_after, levit, "head"),
-    Case("lightning", "Lightning BaseFinetuning.freeze(part)", lightning_before, {MOVED, OUTPUT},
+    Case(("lightning",), "Lightning BaseFinetuning.freeze(part)", lightning_before, {MOVED, OUTPUT},
          ALL, lightning_after, mobilenet, "classifier"),
-    Case("lightning", "the same, train_bn=False", without_bn(lightning_before), {OUTPUT},
+    Case(("lightning",), "the same, train_bn=False", without_bn(lightning_before), {OUTPUT},
          ALL, lightning_after, mobilenet, "classifier"),
-    Case("fastai", "fastai learner.freeze()", fastai_before, {MOVED, OUTPUT},
+    Case(("fastai",), "fastai learner.freeze()", fastai_before, {MOVED, OUTPUT},
          GROUPS, fastai_after, mobilenet, "classifier"),
-    Case("fastai", "the same, train_bn=False", without_bn(fastai_before), {MOVED, OUTPUT},
+    Case(("fastai",), "the same, train_bn=False", without_bn(fastai_before), {MOVED, OUTPUT},
          GROUPS, fastai_after, mobilenet, "classifier"),
-    Case(SMP, "smp model.freeze_encoder()", smp_before, {OUTPUT},
+    Case((SMP,), "smp model.freeze_encoder()", smp_before, {OUTPUT},
          ALL, smp_after, unet, "decoder"),
-    Case(SMP, "the same, then encoder.train()", smp_before, {MOVED, OUTPUT},
+    Case((SMP,), "the same, then encoder.train()", smp_before, {MOVED, OUTPUT},
          ALL, smp_after, unet, "decoder", encoder_to_train_mode),
-    Case("transformers timm", "DETR's replace_batch_norm(model)", detr_before, {KEYS, OUTPUT},
+    Case(("transformers", "timm"), "DETR's replace_batch_norm(model)", detr_before, {KEYS, OUTPUT},
          ALL, detr_after, mobilenet_v3, "classifier"),
 ]  # fmt: skip
-
-
-PACKAGES = list(dict.fromkeys(case.needs.split()[0] for case in CASES))
+PACKAGES = list(dict.fromkeys(case.needs[0] for case in CASES))
 
 
 @dataclass(frozen=True)
@@ -399,23 +397,22 @@ def orphans() -> str:
 @click.option("--steps", default=5, show_default=True, type=click.IntRange(min=1), help="Steps of each way.")
 @click.option("--only", type=click.Choice(PACKAGES), help="Measure what comes from this package.")
 def main(steps: int, only: str | None) -> None:
-    """Show what other ways of freezing leave open, and that freezekit's calls leave nothing."""
+    """Show what other ways of freezing leave open, and that freezekit's calls leave nothing of that."""
     warnings.simplefilter("ignore", FutureWarning)  # of what the packages import
     table = Table(title="a frozen backbone while its head trains")
     table.add_column("frozen by", no_wrap=True)
     for column in ("tensors moved", "keys missing", "output off"):
         table.add_column(column, justify="right")
     table.add_column("findings")
-    versions: dict[str, str] = {}
-    for case in track(CASES, description="measuring", console=console, transient=True):
-        packages = case.needs.split()
-        if only and only != packages[0]:
-            continue
-        if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-            console.print(f"skipped: {case.old}; {missing[0]} is not installed", markup=False)
-            continue
-        versions |= {name: importlib.metadata.version(name) for name in packages}
-        images = digits()
+    packages = PACKAGES if only is None else [only]
+    absent = {name for name in PACKAGES if importlib.util.find_spec(name) is None}
+    if skipped := [name for name in packages if name in absent]:
+        console.print("skipped, not installed:", ", ".join(skipped))
+    cases = [c for c in CASES if c.needs[0] in packages and not absent.intersection(c.needs)]
+    used = dict.fromkeys(name for case in cases for name in case.needs)
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in used)
+    images = digits()
+    for case in track(cases, description="measuring", console=console, transient=True):
         old = measure(case, case.before, images, steps)
         new = measure(case, case.after, images, steps)
         for call, outcome in ((case.old, old), (case.new, new)):
@@ -430,13 +427,13 @@ def main(steps: int, only: str | None) -> None:
         # the recipe's own claim
         assert new.leaves == set(), (case.new, new)
         assert new.codes == [], (case.new, new)
-        assert old.leaves == case.leaves, (f"README's table is not about {versions}", case.old, old)
+        assert old.leaves == case.leaves, (case.old, old, f"not so with {versions}")
     console.print(table)
-    if "torchvision" in versions:
+    if "torchvision" in used:
         console.print(interchange())
-    if "timm" in versions:
+    if "timm" in used:
         console.print(orphans())
-    console.print("measured with", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    console.print(f"measured with {versions}")
 
 
 if __name__ == "__main__":
