@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from freezekit.audit.findings import DriftReport
@@ -16,6 +17,7 @@ from freezekit.errors import FreezekitError
 from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import Freeze
 from freezekit.freezing.optim import root_of
+from freezekit.freezing.release import frozen_among
 from freezekit.freezing.schedule import UnfreezeSchedule
 from freezekit.manifest import Manifest
 
@@ -119,7 +121,11 @@ class FreezeBackbone:
         self.schedule = (
             UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
         )
-        if (state := self._resumed) is not None:
+        self._resume()
+
+    def _resume(self) -> None:
+        """Unfreeze what had been when the state that was loaded was saved, and check the rest."""
+        if self.handle is not None and (state := self._resumed) is not None:
             self._resumed = None
             self.start_epoch(state["epoch"])
             self._made = Manifest.from_json(state["manifest"])
@@ -132,6 +138,32 @@ class FreezeBackbone:
         if names:
             log.info("epoch %d: %d more parameters train, from %s", epoch, len(names), names[0])
         return names
+
+    def follow(self, but: Iterable[nn.Parameter] = ()) -> None:
+        """Unfreeze what somebody has set to require a gradient since, and what is in layers that only train.
+
+        Args:
+            but: parameters that are to stay frozen, whatever was set.
+        """
+        if self.handle is None:
+            return
+        model, frozen, kept = self.handle.model, set(self.handle.frozen), {id(p) for p in but}
+        for name, parameter in model.named_parameters():
+            if name in frozen and id(parameter) in kept:
+                parameter.requires_grad_(False)
+        trains = {name: p.requires_grad for name, p in model.named_parameters() if name in frozen}
+        due = [name for name, trains_now in trains.items() if trains_now]
+        if not due:
+            return
+        if len(due) == len(trains):
+            self.handle.unfreeze()
+            self._reached = max(self._stages, default=-1)  # there is no more to come
+        else:
+            held = set(frozen_among(model, "*"))
+            whole = [name for name, module in model.named_modules() if _all_train(module)]
+            self.handle.unfreeze([name for name in (*whole, *due) if name in held])
+        for name in due:  # they get back what they had before the freeze, which may be another freeze's
+            model.get_parameter(name).requires_grad_(True)
 
     def manifest(self) -> Manifest:
         """Return what is frozen now, with the digests it had when this was first called."""
@@ -223,8 +255,14 @@ class DriftAudit:
         if len(self._training) == len([*model.parameters()]) and any(m in _seen for m in model.modules()):
             log.info("all of the %s trains by now: there is nothing to audit", type(model).__name__)
             return
-        optimizer = None if optimizer is None else root_of(optimizer)
-        self.auditor = DriftAuditor(model, optimizer, **self._how).attach()  # type: ignore[arg-type]
+        root = None if optimizer is None else root_of(optimizer)
+        followed = root if isinstance(root, torch.optim.Optimizer) else None
+        self.auditor = DriftAuditor(model, followed, **self._how).attach()  # type: ignore[arg-type]
+
+    def stepped(self) -> None:
+        """Take note of a step of an optimizer that is not torch's, which nothing else tells of."""
+        if self.auditor is not None and self.auditor.optimizer is None:
+            self.auditor._after_step()
 
     def start_epoch(self) -> None:
         """Take note of what was unfrozen, or frozen."""
@@ -265,6 +303,11 @@ class DriftAudit:
             self.report = self.auditor.report(full=False)
             self.auditor.detach()
             self.auditor = None
+
+
+def _all_train(module: nn.Module) -> bool:
+    parameters = [*module.parameters()]
+    return bool(parameters) and all(parameter.requires_grad for parameter in parameters)
 
 
 def _trains(model: nn.Module) -> frozenset[str]:
