@@ -20,18 +20,16 @@ except ImportError as error:
     ) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
-
 _COLUMN = "frozen_changed"
 
 
 class FreezeBackbone(loop.FreezeBackbone, _fastai.Callback):  # type: ignore[misc]
     """Freeze a learner's backbone, and unfreeze parts of it as the epochs of a fit go.
 
-    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does, and takes the place of ``learn.freeze()``.
-    The optimizer keeps all parameters, in the groups of the ``splitter``, with their rates. What is frozen
-    here is unfrozen by ``learn.unfreeze()`` and ``learn.freeze_to(n)`` too, so by ``learn.fine_tune`` after
-    its frozen epochs, but not by ``learn.lr_find()``. To resume: ``learn.load``, ``fit(n, start_epoch=k)``;
-    with :meth:`state_dict` saved beside, and loaded before that fit, the frozen values are checked.
+    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does, in the place of ``learn.freeze()``. The
+    optimizer keeps all parameters, in the groups of the ``splitter``. ``learn.unfreeze()`` and ``freeze_to``
+    unfreeze what is frozen here too, so does ``fine_tune`` after its frozen epochs. To resume: ``learn.load``
+    and ``fit(n, start_epoch=k)``; the values are checked if :meth:`state_dict` was saved, and is loaded.
 
     >>> hook = FreezeBackbone(unfreeze={1: "0.*"})
     >>> hook.name, hook.handle  # a learner has it as learn.freeze_backbone
@@ -92,10 +90,8 @@ class DriftAudit(loop.DriftAudit, _fastai.Callback):  # type: ignore[misc]
 
     def before_train(self) -> None:
         """Watch from a fit's first epoch on; later take note of what was unfrozen."""
-        if self.learn.train_iter == 0:
-            self.start(self.learn.model, self.learn.opt)
-        else:
-            self.start_epoch()
+        first = self.learn.train_iter == 0
+        self.start(self.learn.model, self.learn.opt) if first else self.start_epoch()
 
     after_step = loop.DriftAudit.stepped
 
@@ -120,6 +116,5 @@ def _fit(learn: Any, *args: Any, **kwargs: Any) -> None:
     try:
         type(learn).fit(learn, *args, **kwargs)
     finally:
-        for audit in learn.cbs:
-            if isinstance(audit, DriftAudit):
-                audit._end()
+        for audit in learn._grab_cbs(DriftAudit):
+            audit._end()
