@@ -109,13 +109,8 @@ class FreezeBackbone:
         """
         if self.handle is None:
             raise FreezekitError("nothing is frozen yet", where="start", remedy="call .freeze(model) first")
-        if self._stages and isinstance(model, nn.parallel.DistributedDataParallel):
-            raise FreezekitError(
-                "DistributedDataParallel would leave what is unfrozen later unsynchronised",
-                where="unfreeze=",
-                got=f"stages at epochs {sorted(self._stages)}",
-                remedy="train each stage in a run of its own, unfrozen before it is wrapped",
-            )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self.refuse_stages_in_ddp()
         stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
         self.schedule = (
             UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
@@ -125,6 +120,20 @@ class FreezeBackbone:
             self.start_epoch(state["epoch"])
             self._made = Manifest.from_json(state["manifest"])
             self._made.verify(self.handle.model)
+
+    def refuse_stages_in_ddp(self) -> None:
+        """Refuse to unfreeze in a model that ``DistributedDataParallel`` has wrapped.
+
+        Raises:
+            FreezekitError: there are stages.
+        """
+        if self._stages:
+            raise FreezekitError(
+                "DistributedDataParallel would leave what is unfrozen later unsynchronised",
+                where="unfreeze=",
+                got=f"stages at epochs {sorted(self._stages)}",
+                remedy="train each stage in a run of its own, unfrozen before it is wrapped",
+            )
 
     def start_epoch(self, epoch: int) -> list[str]:
         """Unfreeze what is due, and return the names of the parameters that train from now on."""
