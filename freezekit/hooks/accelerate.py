@@ -34,7 +34,7 @@ class FreezeBackbone(loop.FreezeBackbone):
     >>> from accelerate import Accelerator
     >>> accelerator = Accelerator(cpu=True)
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
-    >>> hook = FreezeBackbone(unfreeze={1: "1"})
+    >>> hook = FreezeBackbone(head="2", unfreeze={1: "1"})
     >>> handle = hook.freeze(model)
     >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     >>> hook.attach(accelerator, model, optimizer)
