@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from freezekit import DriftError, DriftReport, FreezekitError, freeze_backbone
+from freezekit.audit.live.calls import recorders
 from freezekit.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -26,10 +29,10 @@ STAGES = {1: "resnet.encoder.stages.1", 2: "resnet.*"}
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_of_an_audit() -> Iterator[None]:
-    ours = nn.Module.__setattr__
+    before = list(recorders)
     yield
     gc.collect()
-    assert nn.Module.__setattr__ is ours
+    assert recorders == before
 
 
 def resnet() -> Any:
@@ -355,7 +358,7 @@ class Fail(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
 
 
 def test_after_a_failed_run_the_audit_ends_with_the_trainer_or_begins_anew(tmp_path: Path) -> None:
-    ours = nn.Module.__setattr__
+    before = list(recorders)
     for again in (True, False):
         audit, model = DriftAudit(watch="all"), resnet()
         trainer = trainer_of(model, tmp_path, FreezeBackbone(), audit, Fail())
@@ -368,10 +371,10 @@ def test_after_a_failed_run_the_audit_ends_with_the_trainer_or_begins_anew(tmp_p
             assert audit.report is not None
             assert audit.report.source.endswith("after 4 steps")
         else:
-            assert nn.Module.__setattr__ is not ours
+            assert len(recorders) == len(before) + 1
             del audit, trainer
             gc.collect()
-        assert nn.Module.__setattr__ is ours
+        assert recorders == before
 
 
 # PEFT asks transformers by a name that is on its way out
@@ -387,3 +390,10 @@ def test_statistics_beside_adapters(tmp_path: Path) -> None:
         drifted = {name for name in moved(model, before) if "running" in name}
         assert audit.report is not None
         assert (len(drifted), audit.report.clean) == ((0, True) if right else (12, False))
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "freezekit.hooks.transformers")
+    with pytest.raises(FreezekitError, match=r"is missing.*Remedy: pip install 'freezekit\[transformers\]'$"):
+        importlib.import_module("freezekit.hooks.transformers")
