@@ -1,66 +1,92 @@
-"""The plain loop's hooks for a loop with an Accelerator."""
+"""Hooks for a loop with Accelerate's ``Accelerator``: the plain loop's, aware of what ``prepare`` returns."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
 try:
+    from accelerate import PartialState
     from accelerate.utils import extract_model_from_parallel
-except ModuleNotFoundError as error:
-    raise FreezekitError(
-        "accelerate is not installed", where=__name__, remedy="pip install 'freezekit[accelerate]'"
-    ) from error
+except ImportError as error:
+    fix = "pip install 'freezekit[accelerate]'"
+    raise FreezekitError("Accelerate is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
 
 class FreezeBackbone(loop.FreezeBackbone):
-    """Freeze a backbone before an Accelerator prepares the model, and unfreeze parts of it by epoch.
+    """Freeze a backbone in a loop with an ``Accelerator``, and unfreeze parts of it as the epochs go.
 
-    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does. Call :meth:`prepare` in place of
-    ``accelerator.prepare``, and :meth:`start_epoch` at each epoch. ``accelerator.save_state`` and
-    ``load_state`` have its state with theirs: with ``unfreeze``, make the optimizer of all parameters.
+    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does. Call :meth:`freeze` before the optimizer is
+    made, :meth:`attach` after ``accelerator.prepare``, :meth:`start_epoch` at each epoch. ``save_state`` and
+    ``load_state`` then include the schedule; ``frozen.json`` beside the model is for ``freezekit audit
+    --manifest``.
 
+    >>> import torch
     >>> from accelerate import Accelerator
-    >>> from torch import nn, optim
-    >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    >>> hook, accelerator = FreezeBackbone(head="2"), Accelerator(cpu=True)
-    >>> model, optimizer = hook.prepare(accelerator, model, optim.SGD(model.parameters(), lr=0.1))
-    >>> len(hook.handle.frozen)
-    7
+    >>> accelerator = Accelerator(cpu=True)
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+    >>> hook = FreezeBackbone(head="2", unfreeze={1: "1"})
+    >>> handle = hook.freeze(model)
+    >>> model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> hook.attach(accelerator, model, optimizer)
+    >>> hook.start_epoch(0), hook.start_epoch(1)
+    ([], ['1.weight', '1.bias'])
 
-    Source: Accelerate documentation, Accelerator.prepare and Accelerator.register_for_checkpointing.
+    Source: Accelerate documentation, Accelerator.register_save_state_pre_hook and its sister for loading.
     """
 
-    def prepare(self, accelerator: Any, model: Any, *others: Any) -> tuple[Any, ...]:
-        """Freeze the model, let the Accelerator prepare it with the others, and return what it returns.
+    def attach(self, accelerator: Any, model: nn.Module, optimizer: Any) -> None:
+        """Take up what ``accelerator.prepare`` returned, and join in what the accelerator saves and loads.
 
         Args:
-            accelerator: the Accelerator.
-            model: the model, not wrapped yet.
-            others: one optimizer or several, and what else is to be prepared.
+            accelerator: the ``Accelerator``.
+            model: the model that it prepared.
+            optimizer: the optimizer that it prepared, or several.
         """
-        self.freeze(model)
-        prepared = accelerator.prepare(model, *others)
-        self.start([each for each in prepared if hasattr(each, "param_groups")], prepared[0])
-        accelerator.register_for_checkpointing(self)
-        return tuple(prepared)
+        self.start(optimizer, getattr(model, "_orig_mod", model))  # DDP may be inside torch.compile's module
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
+
+    def _save(self, models: list[nn.Module], weights: Any, folder: str) -> None:
+        if PartialState().is_main_process:
+            state = self.state_dict()
+            self.manifest().save(Path(folder, "frozen.json"))
+            del state["manifest"]
+            Path(folder, "freezekit.json").write_text(json.dumps(state))
+
+    def _load(self, models: list[nn.Module], folder: str) -> None:
+        """Unfreeze what had been, before the optimizer's state is loaded, whose groups have it."""
+        state = json.loads(Path(folder, "freezekit.json").read_text())
+        state["manifest"] = Path(folder, "frozen.json").read_text()
+        self.load_state_dict(state)  # the values are checked when the model is loaded, after this
 
 
 class DriftAudit(loop.DriftAudit):
-    """Audit a loop with an Accelerator: ``accelerator.log(audit.scalars(), step)`` tells its trackers.
+    """Audit a loop with an ``Accelerator``: after each real step, not where gradients are accumulated.
 
-    Takes what :class:`freezekit.hooks.loop.DriftAudit` does. :meth:`start` takes the model and the optimizer
-    as ``accelerator.prepare`` returned them; steps that ``accelerator.accumulate`` leaves out do not count.
+    Takes what :class:`freezekit.hooks.loop.DriftAudit` does. Call :meth:`start` with what ``prepare``
+    returned, after ``load_state``, then :meth:`start_epoch` at each epoch, :meth:`log` as often as you like,
+    and :meth:`finish`; the main process saves the report.
 
-    >>> audit = DriftAudit(on_drift="record", save="drift.json")
+    >>> audit = DriftAudit(on_drift="record", probe=10, save="drift.json")
 
-    Source: Accelerate documentation, Accelerator.log.
+    Source: Accelerate documentation, Accelerator.log and unwrap_model.
     """
 
-    def start(self, model: Any, optimizer: Any = None) -> None:
-        """Watch the model inside its wrappers from now on."""
-        super().start(extract_model_from_parallel(model), optimizer)
+    def start(self, model: nn.Module, optimizer: Any = None) -> None:
+        """Watch the model inside its wrappers from now on, after each step of the optimizer."""
+        self._save = self._save if PartialState().is_main_process else None
+        super().start(extract_model_from_parallel(model, keep_torch_compile=False), optimizer)
+
+    def log(self, accelerator: Any, step: int | None = None) -> None:
+        """Log how much has drifted, and how far, to the accelerator's trackers."""
+        accelerator.log(self.scalars(), step=step)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
-from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from freezekit.audit.findings import REPORT_KEY
@@ -16,14 +14,11 @@ from freezekit.manifest import KEY
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
 _packages = ("lightning.pytorch", "pytorch_lightning")
-_found = [name for name in _packages if name in sys.modules]
-# importing the other one as well would take over the logger of the first
-_found = _found or [name for name in _packages if find_spec(name.partition(".")[0])][:1]
+_found = [name for name in _packages if name in sys.modules]  # importing both changes who logs for the first
+_found = _found or [name for name in _packages if importlib.util.find_spec(name.partition(".")[0])][:1]
 if not _found:
-    raise FreezekitError(
-        "Lightning is not installed", where=__name__, remedy="pip install 'freezekit[lightning]'"
-    )
-_Callback: Any = type("_Callback", tuple(import_module(name).Callback for name in _found), {})
+    raise FreezekitError("Lightning is missing", where=__name__, remedy="pip install 'freezekit[lightning]'")
+_Callback: Any = type("_Callback", tuple(importlib.import_module(name).Callback for name in _found), {})
 
 
 class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
@@ -34,19 +29,15 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
     only that will do. Checkpoints resume in mid-schedule, and ``freezekit audit`` checks their frozen part.
 
     >>> callback = FreezeBackbone(unfreeze={3: "backbone.layer4", 5: "backbone"}, decay=0.1)
-    >>> callback.state_key, callback.handle
-    ('FreezeBackbone', None)
 
     Source: Lightning documentation, Callback and BackboneFinetuning.
     """
 
-    _fitting = False
-
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Freeze, before the optimizers are made and before anything wraps the model."""
-        self._fitting = stage == "fit"
-        if self._fitting:
-            pl_module.configure_model()  # does nothing the second time, which is Lightning's own
+        self._stage = stage
+        if stage == "fit":
+            pl_module.configure_model()  # does nothing when Lightning calls it a second time
             self.freeze(pl_module)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,9 +47,8 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
         except FreezekitError as error:
             if error.where != "optimizer=":
                 raise
-            remedy = "make the optimizer of self.parameters(), in groups or not: what is frozen waits in it"
-            where = f"{type(pl_module).__name__}.configure_optimizers"
-            raise FreezekitError(error.what, where=where, got=error.got, remedy=remedy) from None
+            fix = "make the optimizer of self.parameters(), in groups or not: what is frozen waits in it"
+            raise FreezekitError(error.what, where="configure_optimizers", remedy=fix) from None
         self.manifest()  # has the digests of now, so that the first epoch's drift is found too
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
@@ -66,9 +56,8 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
         self.start_epoch(trainer.current_epoch)
 
     def start_epoch(self, epoch: int) -> list[str]:
-        """As in the loop's hook; what was in train mode at the freeze comes back in train mode."""
+        """As in the loop's hook, without the eval mode that Lightning's validation reads and puts back."""
         for module in self.handle.model.modules() if self.handle else ():
-            # after a validation Lightning sets each module to what it read before: of a frozen one, eval
             if module.__dict__.get("_asked_training") is False:
                 del module.__dict__["_asked_training"]
         return super().start_epoch(epoch)
@@ -77,9 +66,9 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
         """Return what resuming needs; nothing if the model was never trained."""
         return super().state_dict() if self.handle else {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Any) -> None:
         """Take up a checkpoint's state, unless it is loaded to validate, test or predict."""
-        if self._fitting:
+        if getattr(self, "_stage", "fit") == "fit":
             super().load_state_dict(state)
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
@@ -116,8 +105,7 @@ class DriftAudit(loop.DriftAudit, _Callback):  # type: ignore[misc]
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the report where ``freezekit audit`` looks for it."""
-        report = self.auditor.report() if self.auditor else self.report
-        if report is not None:
+        if report := self.auditor.report() if self.auditor else self.report:
             checkpoint[REPORT_KEY] = report.to_json()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -1,4 +1,4 @@
-"""Callbacks for the Trainer of transformers."""
+"""The Trainer's callbacks: its events translated to the plain loop's hooks."""
 
 from __future__ import annotations
 
@@ -7,113 +7,113 @@ from typing import Any
 
 from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
-from freezekit.manifest import Manifest
 
 try:
     from transformers import TrainerCallback
-except ModuleNotFoundError as error:
-    raise FreezekitError(
-        "transformers is not installed", where=__name__, remedy="pip install 'freezekit[transformers]'"
-    ) from error
+except ImportError as error:
+    fix = "pip install 'freezekit[transformers]'"
+    raise FreezekitError("transformers is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
-MANIFEST = "freezekit_manifest.json"
-"""The file in each checkpoint's folder that says what is frozen; for ``freezekit audit --manifest``."""
+_STATE = "freezekit"
+"""Where the Trainer's state, which it saves as ``trainer_state.json``, has that of the schedule."""
 
 
 class FreezeBackbone(loop.FreezeBackbone, TrainerCallback):
     """Freeze the backbone of a Trainer's model, and unfreeze parts of it as the epochs go.
 
-    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does, but for ``lr``, ``decay`` and ``growth``:
-    the Trainer's scheduler sets the rates. Without ``unfreeze`` the backbone is frozen as soon as the Trainer
-    is made, and its optimizer has the head alone; with it, all is in the optimizer from the start, and waits
-    there. A run resumes in mid-schedule; checkpoints have a manifest beside the model.
+    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does. Without ``unfreeze`` it freezes as the
+    Trainer is made, whose optimizer then has the head alone; with it, when training begins: the optimizer
+    has all parameters, and frozen ones wait there, at the rates that the Trainer's scheduler sets.
+    Checkpoints resume in mid-schedule; ``frozen.json`` in each is for ``freezekit audit --manifest``.
 
     >>> callback = FreezeBackbone(unfreeze={3: "resnet.encoder.stages.3"})
-    >>> callback.handle is None
-    True
 
     Source: transformers documentation, TrainerCallback.
     """
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Freeze before the optimizer is made, if nothing is to join it later."""
-        if not self._stages and model is not None:
-            self.freeze(model)
+    _epoch = 0
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Freeze before the optimizer is made, which holds what requires a gradient by then."""
+        if not self._stages:
+            self.freeze(given["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Take up the optimizer; when resumed, check that what is frozen is what was."""
+        """Take up the optimizer, which is restored by now, as is the model; resume where a checkpoint was."""
         if args.parallel_mode.value == "distributed":
-            self.refuse_stages_in_ddp()
-        self.freeze(given["model"])
-        self.start(given["optimizer"])
-        self.start_epoch(int(state.epoch or 0))
-        saved = _folder(args, state) / MANIFEST
-        if state.global_step and saved.is_file():
-            Manifest.load(saved).verify(given["model"])
-        self.manifest()  # has the digests of now, so that drift is found in the first checkpoint too
+            self.refuse_stages_in_ddp()  # the Trainer shows its callbacks the model inside
+        self.freeze(given["model"])  # for the first time, or a new one from model_init
+        if saved := state.stateful_callbacks.get(_STATE):
+            self.load_state_dict(saved)
+        try:
+            self.start(given["optimizer"])
+        except FreezekitError as error:
+            if error.where != "optimizer=":
+                raise
+            fix = "give the Trainer a model that nobody has frozen: what waits must be in its optimizer"
+            raise FreezekitError(
+                "it is not in the Trainer's optimizer", where="unfreeze=", remedy=fix
+            ) from None
+        self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Unfreeze what is due."""
-        self.start_epoch(int(state.epoch or 0))
+        """Unfreeze what is due, and leave in the Trainer's state what resuming needs."""
+        self.start_epoch(self._epoch)
+        self._epoch += 1  # the state's does not tell it after an epoch that was stopped early
+        state.stateful_callbacks[_STATE] = self.state_dict()
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Put the manifest beside the model."""
-        if state.is_world_process_zero:
-            self.manifest().save(_folder(args, state) / MANIFEST)
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        if args.should_save and folder.is_dir():  # a hyperparameter search has other folders
+            self.manifest().save(folder / "frozen.json")
 
 
 class DriftAudit(loop.DriftAudit, TrainerCallback):
-    """Audit the training of a Trainer's model; what is found goes to its logs.
+    """Audit the training of a Trainer's model; what is found is logged beside the loss.
 
-    Takes what :class:`freezekit.hooks.loop.DriftAudit` does. Given as ``callbacks=[DriftAudit()]`` it writes
-    to the log history and the console; after :meth:`attach` TensorBoard, W&B and others get it as well. The
-    Trainer does not say when a run has failed: the audit then ends with the Trainer, or at its next run.
+    Takes what :class:`freezekit.hooks.loop.DriftAudit` does. As one of ``callbacks=[...]`` it reaches
+    ``trainer.state.log_history`` and the console; :meth:`attach` it, and TensorBoard, W&B, MLflow and the
+    others get it too. A run that fails is not told of: its audit ends with the next, or with the Trainer.
 
     >>> audit = DriftAudit(on_drift="record", probe=10, save="drift.json")
 
-    Source: transformers documentation, TrainerCallback.
+    Source: transformers documentation, TrainerCallback and Trainer.log.
     """
 
-    _due = ""
+    _new_epoch = False
 
     def attach(self, trainer: Any) -> DriftAudit:
-        """Join a Trainer in front of its loggers, which are called before the callbacks it was given."""
-        if self not in trainer.callback_handler.callbacks:
-            trainer.add_callback(self)
-        trainer.callback_handler.callbacks.remove(self)
-        trainer.callback_handler.callbacks.insert(0, self)
+        """Go in front of the Trainer's loggers, which are called before the callbacks it is given."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks[:] = [self, *(callback for callback in callbacks if callback is not self)]
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin with the first step: by then the other callbacks have frozen what they do."""
-        self._due = "start"
+        """End the audit of a run that failed."""
+        self.stop()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Take note with the next step of what was unfrozen."""
-        self._due = self._due or "epoch"
+        """Leave it to the epoch's first step: whoever freezes or unfreezes has done so by then."""
+        self._new_epoch = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Do what is due."""
-        if self._due == "start":
-            self._save = self._save if state.is_world_process_zero else None
-            self.start(given["model"], given["optimizer"])
-        elif self._due == "epoch":
+        """Watch from the first step on, and take note in each epoch's of what was unfrozen."""
+        new, self._new_epoch = self._new_epoch, False
+        if new and self.auditor is not None:
             self.start_epoch()
-        self._due = ""
+        elif new:
+            self._save = self._save if args.should_save else None
+            self.start(given["model"], given["optimizer"])
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Add to what is logged of the training how much has drifted, and how far."""
-        if logs is not None and "loss" in logs:
-            scalars = self.scalars()
-            logs.update(scalars)
-            state.log_history[-1].update(scalars)
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Add how much has drifted, and how far, to what is logged of the training."""
+        if {"loss", "train_loss"} & given["logs"].keys():
+            for logged in (given["logs"], state.log_history[-1]):
+                logged.update(self.scalars())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compare everything once more, and save the report."""
         self.finish()
-
-
-def _folder(args: Any, state: Any) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"

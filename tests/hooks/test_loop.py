@@ -205,6 +205,20 @@ def test_the_manifest_has_the_digests_of_the_start() -> None:
     assert hook.manifest() == first
 
 
+def test_what_stays_frozen_after_a_stage_keeps_its_digests_of_the_start() -> None:
+    hook, model = FreezeBackbone(unfreeze={1: "layer2"}), net()
+    hook.freeze(model)
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    first = {tensor.name: tensor for tensor in hook.manifest().tensors}
+    model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
+    hook.start_epoch(1)
+    assert hook.manifest().tensors == tuple(
+        first[name] for name in first if name not in ("layer2.weight", "layer2.bias")
+    )
+    assert hook.handle is not None
+    assert hook.handle.manifest().tensors != hook.manifest().tensors  # which has those of now
+
+
 def test_a_checkpoint_with_the_hooks_manifest_is_audited(tmp_path: Path) -> None:
     hook, model = FreezeBackbone(), net()
     hook.freeze(model)
@@ -257,14 +271,14 @@ def test_what_the_last_step_left_is_found_at_the_end_and_the_report_is_saved(tmp
     assert audit.auditor is None
 
 
-def test_after_an_error_nothing_is_watched_and_the_report_says_what_is_known() -> None:
+def test_after_an_error_nothing_is_watched_and_what_is_known_is_saved(tmp_path: Path) -> None:
     model, hook = net(), FreezeBackbone()
     hook.freeze(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    audit = DriftAudit()
+    audit = DriftAudit(save=tmp_path / "drift.json")
     audit.start(model, optimizer)
     audit.stop()
-    assert audit.report is not None
+    assert audit.report == DriftReport.load(tmp_path / "drift.json")
     model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
     model.train()(torch.randn(8, 4)).sum().backward()
     optimizer.step()
