@@ -142,11 +142,19 @@ class FreezeBackbone:
         Raises:
             FreezekitError: in a resumed run, what was frozen has other values than the checkpoint says.
         """
+        self.verify()
+        return self._advance(epoch)
+
+    def verify(self) -> None:
+        """Check in a resumed run, whose model is loaded by now, what was frozen; later calls do nothing.
+
+        Raises:
+            FreezekitError: it has other values than the checkpoint says.
+        """
         if (state := self._resumed) is not None and self.handle is not None:
             self._resumed = None
             self._made = Manifest.from_json(state["manifest"])
             self._made.verify(self.handle.model)
-        return self._advance(epoch)
 
     def _advance(self, epoch: int) -> list[str]:
         names = [] if self.schedule is None or epoch < 0 else self.schedule.step(epoch)

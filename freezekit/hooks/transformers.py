@@ -56,6 +56,7 @@ class FreezeBackbone(loop.FreezeBackbone, TrainerCallback):
             raise FreezekitError(
                 "it is not in the Trainer's optimizer", where="unfreeze=", remedy=fix
             ) from None
+        self.verify()
         self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
