@@ -33,7 +33,8 @@ class FreezeBackbone:
 
     Call :meth:`freeze` before the optimizer is made (or wrapped, or given to DDP), :meth:`start` when it has
     been, :meth:`start_epoch` at each epoch; save :meth:`state_dict` with a checkpoint, and on resuming load
-    it between the first two, before the optimizer's own state.
+    it between the first two, before the optimizer's own state; after them will do for an optimizer that has
+    all parameters.
 
     Args:
         head: as for :func:`freezekit.freeze_backbone`, as are ``backbone``, ``bn``, ``convert`` and ``hold``.
@@ -82,6 +83,7 @@ class FreezeBackbone:
         self._reached = -1
         self._resumed: Mapping[str, Any] | None = None
         self._made: Manifest | None = None
+        self._optimizer: Any = None
         self.handle: Freeze | None = None
         """The freeze in force."""
         self.schedule: UnfreezeSchedule | None = None
@@ -109,22 +111,36 @@ class FreezeBackbone:
         """
         if self.handle is None:
             raise FreezekitError("nothing is frozen yet", where="start", remedy="call .freeze(model) first")
-        if self._stages and isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self.refuse_stages_in_ddp()
+        self._optimizer = optimizer
+        stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
+        self.schedule = (
+            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
+        )
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on from the state that was loaded, if one was."""
+        if (state := self._resumed) is not None and self.handle is not None:
+            self._resumed = None
+            self.start_epoch(state["epoch"])
+            self._made = Manifest.from_json(state["manifest"])
+            self._made.verify(self.handle.model)
+
+    def refuse_stages_in_ddp(self) -> None:
+        """Refuse to unfreeze in a model that ``DistributedDataParallel`` has wrapped.
+
+        Raises:
+            FreezekitError: there are stages.
+        """
+        if self._stages:
             raise FreezekitError(
                 "DistributedDataParallel would leave what is unfrozen later unsynchronised",
                 where="unfreeze=",
                 got=f"stages at epochs {sorted(self._stages)}",
                 remedy="train each stage in a run of its own, unfrozen before it is wrapped",
             )
-        stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
-        self.schedule = (
-            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
-        )
-        if (state := self._resumed) is not None:
-            self._resumed = None
-            self.start_epoch(state["epoch"])
-            self._made = Manifest.from_json(state["manifest"])
-            self._made.verify(self.handle.model)
 
     def start_epoch(self, epoch: int) -> list[str]:
         """Unfreeze what is due, and return the names of the parameters that train from now on."""
@@ -153,7 +169,7 @@ class FreezeBackbone:
         return {"epoch": self._reached, "stages": self._plain(), "manifest": self.manifest().to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state: :meth:`start` then goes on from there.
+        """Take up a saved state: :meth:`start`, or the run that has started, then goes on from there.
 
         Raises:
             FreezekitError: it was saved with other stages.
@@ -165,12 +181,15 @@ class FreezeBackbone:
                 got=f"{self._plain()}, saved {state['stages']}",
                 remedy="give the same unfreeze= as then",
             )
+        self._resumed = state
         if self.handle is not None and self._reached >= 0:  # this run went on, and is to go on from before
             model = self.handle.model
             self.handle.undo()
             self.handle = None
             self.freeze(model)
-        self._resumed = state
+            self.start(self._optimizer)
+        elif self._optimizer is not None:
+            self._resume()
 
     def _plain(self) -> list[list[Any]]:
         return [[epoch, self._stages[epoch]] for epoch in sorted(self._stages)]
