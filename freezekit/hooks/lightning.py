@@ -55,12 +55,12 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
         """Unfreeze what is due."""
         self.start_epoch(trainer.current_epoch)
 
-    def start_epoch(self, epoch: int) -> list[str]:
+    def _advance(self, epoch: int) -> list[str]:
         """As in the loop's hook, without the eval mode that Lightning's validation reads and puts back."""
         for module in self.handle.model.modules() if self.handle else ():
             if module.__dict__.get("_asked_training") is False:
                 del module.__dict__["_asked_training"]
-        return super().start_epoch(epoch)
+        return super()._advance(epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resuming needs; nothing if the model was never trained."""

@@ -92,7 +92,8 @@ class FreezeBackbone:
         """What unfreezes, once :meth:`start` has been called, if there is more to come."""
 
     def freeze(self, model: nn.Module) -> Freeze:
-        """Freeze the model's backbone; the same model again changes nothing."""
+        """Freeze the model's backbone for a run; the same model again changes nothing about it."""
+        self._optimizer = None  # until start: one of an earlier run is none of this one's
         if self.handle is None or self.handle.model is not model:
             self.handle = freeze_backbone(model, **self._how)
             self._reached, self._made = -1, None
@@ -220,14 +221,15 @@ class FreezeBackbone:
                 got=f"{self._plain()}, saved {state['stages']}",
                 remedy="give the same unfreeze= as then",
             )
-        self._resumed = state
+        self._resumed, optimizer = state, self._optimizer
         if self.handle is not None and self._reached >= 0:  # this run went on, and is to go on from before
             model = self.handle.model
             self.handle.undo()
             self.handle = None
             self.freeze(model)
-            self.start(self._optimizer)
-        elif self._optimizer is not None:
+            if optimizer is not None:
+                self.start(optimizer)
+        elif optimizer is not None:
             self._advance(state["epoch"])
 
     def _plain(self) -> list[list[Any]]:

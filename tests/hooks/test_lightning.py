@@ -300,6 +300,28 @@ def test_parameters_that_equal_those_of_the_head(ours: bool, tmp_path: Path) -> 
     assert "backbone.layer2.bias" in found
 
 
+class Parent(nn.Module):
+    """Has a parameter beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x) * self.scale
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_parameters_beside_layers(epochs: int, tmp_path: Path) -> None:
+    model = Net(trainable)
+    model.backbone = nn.Sequential(Parent(), Parent())
+    before = zoo.snapshot(model.backbone)
+    fit(model, tmp_path, FreezeBackbone(unfreeze={1: "backbone"}), epochs=epochs)
+    after = zoo.snapshot(model.backbone)
+    assert {after[name] != before[name] for name in before} == {epochs == 2}
+
+
 @pytest.mark.parametrize("align", [True, False])
 def test_learning_rates_grow_as_lightnings(align: bool, tmp_path: Path) -> None:
     """The backbone's from a tenth, by 3.5 an epoch, up to the head's."""
@@ -337,11 +359,14 @@ def keep_all(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{epoch}", save_top_k=-1, save_last=True)
 
 
-@pytest.mark.parametrize(
+three_optimizers = pytest.mark.parametrize(
     ("optimizers", "options"),
     [(everything, {}), (trainable, {"decay": 0.5, "growth": 1.5}), (scheduled, {})],
     ids=["all", "trainable", "scheduler"],
 )
+
+
+@three_optimizers
 def test_a_resumed_run_ends_as_the_whole_one(
     optimizers: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -389,12 +414,16 @@ def test_resume_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     assert is_frozen(model, "backbone.layer1")
 
 
-def test_going_on_with_the_same_objects_from_an_earlier_checkpoint(tmp_path: Path) -> None:
-    model, freeze, keep = Net(), FreezeBackbone(unfreeze=STAGES), keep_all(tmp_path)
-    fit(model, tmp_path, freeze, DriftAudit(), keep, epochs=5)
+@three_optimizers
+def test_going_on_with_the_same_objects_from_an_earlier_checkpoint(
+    optimizers: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    model, freeze = Net(optimizers), FreezeBackbone(unfreeze=STAGES, **options)
+    fit(model, tmp_path, freeze, DriftAudit(), keep_all(tmp_path), epochs=5)
     whole = zoo.snapshot(model)
-    fit(model, tmp_path, freeze, DriftAudit(), ckpt=tmp_path / "epoch=0.ckpt", epochs=5)
-    assert zoo.snapshot(model) == whole
+    for epoch in (2, 0):
+        fit(model, tmp_path, freeze, DriftAudit(), ckpt=tmp_path / f"epoch={epoch}.ckpt", epochs=5)
+        assert zoo.snapshot(model) == whole
 
 
 class Careless(pl.Callback):
@@ -407,19 +436,26 @@ class Careless(pl.Callback):
 
 @pytest.mark.parametrize("careless", [False, True])
 def test_the_checkpoint_is_audited_by_its_manifest(careless: bool, tmp_path: Path) -> None:
-    """Also after a stage: what stays frozen keeps the digests of the start."""
-    extra = [Careless()] if careless else []
-    audit = DriftAudit(on_drift="record")
-    fit(Net(), tmp_path, FreezeBackbone(unfreeze={1: "backbone.layer2"}), *extra, audit, keep_all(tmp_path))
+    """It has the digests of the start, in the first epoch's file and, of what stays frozen, after a stage."""
+    callbacks = [FreezeBackbone(unfreeze={1: "backbone.layer2"}), *([Careless()] if careless else [])]
+    fit(Net(), tmp_path, *callbacks, keep_all(tmp_path))
     for file, frozen in (("epoch=0.ckpt", 14), ("last.ckpt", 12)):
         assert len(Manifest.load(tmp_path / file).frozen) == frozen
-        assert audit_checkpoint(tmp_path / file).changed == (("backbone.layer1.weight",) if careless else ())
-    done = subprocess.run(
-        [sys.executable, "-m", "freezekit", "audit", str(tmp_path / "last.ckpt")], check=False
-    )
-    assert done.returncode == careless
-    inside = DriftReport.from_json(torch.load(tmp_path / "last.ckpt", weights_only=True)["freezekit_report"])
-    assert inside.clean is not careless
+        report = audit_checkpoint(tmp_path / file)
+        assert report.compared == frozen
+        assert report.changed == (("backbone.layer1.weight",) if careless else ())
+    command = [sys.executable, "-m", "freezekit", "audit", str(tmp_path / "last.ckpt")]
+    assert subprocess.run(command, check=False).returncode == careless
+
+
+def test_the_checkpoint_has_the_report(tmp_path: Path) -> None:
+    made = fit(ByHand("requires_grad"), tmp_path, DriftAudit(on_drift="record"), keep_all(tmp_path))
+    made.save_checkpoint(tmp_path / "later.ckpt")
+    for file in ("epoch=0.ckpt", "last.ckpt", "later.ckpt"):
+        text = torch.load(tmp_path / file, weights_only=True)["freezekit_report"]
+        (finding, _) = DriftReport.from_json(text).findings
+        assert (finding.code, finding.name, finding.step) == ("FK101", "backbone.layer1_bn", 1)
+        assert str(finding.cause) in str(audit_checkpoint(tmp_path / file).findings[0])
 
 
 # ----------------------------------------------------------------------------- what else happens to a trainer

@@ -152,6 +152,29 @@ def test_a_state_that_is_loaded_after_the_start_counts_too() -> None:
         other.start_epoch(2)
 
 
+def test_a_second_run_of_the_same_model_resumes_with_its_own_optimizer() -> None:
+    """Not with that of the first run, which has by then what is to be unfrozen."""
+
+    def sgd() -> Any:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    model, hook = net(), FreezeBackbone(unfreeze=STAGES, decay=0.5)
+    hook.freeze(model)
+    optimizer = sgd()
+    hook.start(optimizer)
+    saved = train(model, optimizer, hook, DriftAudit(), range(4))[1]
+    hook.freeze(model)
+    model.load_state_dict(saved["model"])
+    hook.load_state_dict(saved["hook"])
+    again = sgd()
+    hook.start(again)
+    assert [(len(group["params"]), group["lr"]) for group in again.param_groups] == [
+        (2, 0.1),
+        (4, 0.1 * 0.5),
+        (0, 0.1 * 0.25),
+    ]
+
+
 def test_a_second_run_of_the_same_model_goes_on_with_the_stages_that_are_left() -> None:
     model, hook = net(), FreezeBackbone(unfreeze=STAGES)
     hook.freeze(model)
