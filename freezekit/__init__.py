@@ -1,7 +1,8 @@
 """freezekit makes frozen mean frozen in PyTorch, and proves it.
 
 The names below are loaded on first use (PEP 562), so that the command line, which audits checkpoints
-without torch, starts at once.
+without torch, starts at once. :mod:`freezekit.nn` has layers of its own, :mod:`freezekit.hooks` the
+callbacks for training frameworks, and :mod:`freezekit.audit.findings` what a report is made of.
 """
 
 from __future__ import annotations
