@@ -8,7 +8,8 @@ callbacks for training frameworks, and :mod:`freezekit.audit.findings` what a re
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # type checkers take it for True; importing typing would cost more than all the rest
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from freezekit import nn
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding

@@ -148,6 +148,12 @@ def test_importing_changes_nothing(before: str, code: str, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_importing_loads_next_to_nothing() -> None:
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import freezekit; print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True, check=True)
+    assert not {"typing", "re", "enum", "dataclasses", "pathlib"} & set(out.stdout.split())
+
+
 @pytest.mark.parametrize(
     "effect",
     [
