@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -211,6 +212,16 @@ def _prefixes(name: str, other: str) -> Pair:
     return "".join(f"{part}." for part in mine), "".join(f"{part}." for part in theirs)
 
 
+def _around(mine: str, theirs: str) -> Pair:
+    """Return the prefixes of what holds the last part that two prefixes have in common."""
+    parts, others = mine.split("."), theirs.split(".")
+    where = {part: at for at, part in enumerate(others[:-1])}
+    for at in reversed(range(len(parts) - 1)):
+        if parts[at] in where:
+            return _prefixes(".".join(parts[: at + 1]), ".".join(others[: where[parts[at]] + 1]))
+    return mine, theirs
+
+
 def _elected(
     votes: Counter[Pair],
     names: Mapping[str, None],
@@ -220,22 +231,34 @@ def _elected(
     first: Pair | None,
 ) -> Pair | None:
     """Return the pair with the most votes that makes sense, or ``None``; ``first`` is the one before."""
+    # parts of the model may have a wrapper of their own: what is in them speaks for what is around them
+    parts: dict[Pair, list[Pair]] = {pair: [pair] for pair in votes}
+    for pair in votes:
+        if (outer := _around(*pair)) != pair and outer in votes:
+            parts[outer].append(pair)
 
     def rank(pair: Pair) -> tuple[int, bool, int]:
-        parts = [part for prefix in pair for part in prefix.split(".")]
+        words = [prefix.split(".") for prefix in pair]
         # the model that trains may have parts wrapped which its copy has not
-        weight = 2 if _COPIES.isdisjoint(parts) else 1
-        return weight * votes[pair], pair == ("", ""), -len(parts)
+        weight = math.prod(2 if _COPIES.isdisjoint(side) else 1 for side in words)
+        return weight * sum(votes[part] for part in parts[pair]), pair == ("", ""), -sum(map(len, words))
+
+    def matched(mine: str, theirs: str) -> dict[str, str]:
+        made = ((name, theirs + name.removeprefix(mine)) for name in names if name.startswith(mine))
+        return {name: other for name, other in made if other in others}
 
     for mine, theirs in sorted(votes, key=rank, reverse=True)[:_MOST]:
         if mine == theirs:
             return mine, theirs
-        under = [name for name in names if name.startswith(mine)]
-        there = [name for name in under if theirs + name.removeprefix(mine) in others]
-        alike = [n for n in there if not sizes or sizes[n] == other_sizes[theirs + n.removeprefix(mine)]]
+        under = sum(name.startswith(mine) for name in names)
+        there = matched(mine, theirs)
+        if first is None and mine and theirs:
+            for part in parts[mine, theirs][1:_MOST]:
+                there = matched(*part) | there
+        alike = [name for name, other in there.items() if not sizes or sizes[name] == other_sizes[other]]
         if first is not None:
             # a part of the model may have a wrapper of its own; another of its parts is not it
-            whole = len(under) if mine else sum(other.startswith(theirs) for other in others)
+            whole = under if mine else sum(other.startswith(theirs) for other in others)
             if len(alike) >= 2 and len(alike) == len(there) == whole and _inserted(mine, theirs, first):
                 return mine, theirs
         elif mine and theirs:

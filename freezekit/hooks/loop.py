@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ class FreezeBackbone:
 
     Call :meth:`freeze` before the optimizer is made (or wrapped, or given to DDP), :meth:`start` when it has
     been, :meth:`start_epoch` at each epoch; save :meth:`state_dict` with a checkpoint, and on resuming load
-    it between the first two, before the optimizer's own state.
+    it between the first two, before the optimizer's own state; after them will do for an optimizer that has
+    all parameters.
 
     Args:
         head: as for :func:`freezekit.freeze_backbone`, as are ``backbone``, ``bn``, ``convert`` and ``hold``.
@@ -81,6 +83,7 @@ class FreezeBackbone:
         self._reached = -1
         self._resumed: Mapping[str, Any] | None = None
         self._made: Manifest | None = None
+        self._optimizer: Any = None
         self.handle: Freeze | None = None
         """The freeze in force."""
         self.schedule: UnfreezeSchedule | None = None
@@ -108,22 +111,36 @@ class FreezeBackbone:
         """
         if self.handle is None:
             raise FreezekitError("nothing is frozen yet", where="start", remedy="call .freeze(model) first")
-        if self._stages and isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            self.refuse_stages_in_ddp()
+        self._optimizer = optimizer
+        stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
+        self.schedule = (
+            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
+        )
+        self._resume()
+
+    def _resume(self) -> None:
+        """Go on from the state that was loaded, if one was."""
+        if (state := self._resumed) is not None and self.handle is not None:
+            self._resumed = None
+            self.start_epoch(state["epoch"])
+            self._made = Manifest.from_json(state["manifest"])
+            self._made.verify(self.handle.model)
+
+    def refuse_stages_in_ddp(self) -> None:
+        """Refuse to unfreeze in a model that ``DistributedDataParallel`` has wrapped.
+
+        Raises:
+            FreezekitError: there are stages.
+        """
+        if self._stages:
             raise FreezekitError(
                 "DistributedDataParallel would leave what is unfrozen later unsynchronised",
                 where="unfreeze=",
                 got=f"stages at epochs {sorted(self._stages)}",
                 remedy="train each stage in a run of its own, unfrozen before it is wrapped",
             )
-        stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
-        self.schedule = (
-            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
-        )
-        if (state := self._resumed) is not None:
-            self._resumed = None
-            self.start_epoch(state["epoch"])
-            self._made = Manifest.from_json(state["manifest"])
-            self._made.verify(self.handle.model)
 
     def start_epoch(self, epoch: int) -> list[str]:
         """Unfreeze what is due, and return the names of the parameters that train from now on."""
@@ -134,13 +151,17 @@ class FreezeBackbone:
         return names
 
     def manifest(self) -> Manifest:
-        """Return what is frozen now, with the digests it had when this was first called."""
+        """Return what is frozen now, each tensor with the digest it had when this was first called."""
         if self.handle is None:
             raise FreezekitError(
                 "nothing is frozen yet", where="manifest", remedy="call .freeze(model) first"
             )
-        if self._made is None or self._made.frozen != self.handle.frozen:
+        if self._made is None:
             self._made = self.handle.manifest()
+        elif self._made.frozen != self.handle.frozen:
+            first = {tensor.name: tensor for tensor in self._made.tensors}
+            now = self.handle.manifest()
+            self._made = replace(now, tensors=tuple(first.get(t.name, t) for t in now.tensors))
         return self._made
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,7 +169,7 @@ class FreezeBackbone:
         return {"epoch": self._reached, "stages": self._plain(), "manifest": self.manifest().to_json()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a saved state: :meth:`start` then goes on from there.
+        """Take up a saved state: :meth:`start`, or the run that has started, then goes on from there.
 
         Raises:
             FreezekitError: it was saved with other stages.
@@ -160,12 +181,15 @@ class FreezeBackbone:
                 got=f"{self._plain()}, saved {state['stages']}",
                 remedy="give the same unfreeze= as then",
             )
+        self._resumed = state
         if self.handle is not None and self._reached >= 0:  # this run went on, and is to go on from before
             model = self.handle.model
             self.handle.undo()
             self.handle = None
             self.freeze(model)
-        self._resumed = state
+            self.start(self._optimizer)
+        elif self._optimizer is not None:
+            self._resume()
 
     def _plain(self) -> list[list[Any]]:
         return [[epoch, self._stages[epoch]] for epoch in sorted(self._stages)]
@@ -254,17 +278,22 @@ class DriftAudit:
         try:
             auditor.__exit__(None)
         finally:
-            self.report = auditor.report()
-            if self._save is not None:
-                self.report.save(self._save)
+            self._take(auditor.report())
         return self.report
 
     def stop(self) -> None:
-        """Stop watching, as after an error; :attr:`report` is what is known by then."""
-        if self.auditor is not None:
-            self.report = self.auditor.report(full=False)
-            self.auditor.detach()
-            self.auditor = None
+        """Stop watching, as after an error; :attr:`report` is what is known by then, and is saved."""
+        auditor, self.auditor = self.auditor, None
+        if auditor is not None:
+            try:
+                self._take(auditor.report(full=False))
+            finally:
+                auditor.detach()
+
+    def _take(self, report: DriftReport) -> None:
+        self.report = report
+        if self._save is not None:
+            report.save(self._save)
 
 
 def _trains(model: nn.Module) -> frozenset[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -95,6 +95,11 @@ PARTS = st.sampled_from(["", "stem", "layer1", "layer2", "head"])
 
 @settings(max_examples=300, deadline=None, database=None)
 @given(PREFIXES, PREFIXES, PARTS, PARTS, INNER, INNER, st.booleans(), st.booleans())
+# layer1.model.* has its longest end in common with model.layer2.model.*, another part
+@example("", "model.", "layer1", "layer2", "model.", "model.", False, False)
+@example("model.", "net.", "layer1", "layer2", "model.", "model.", False, False)
+# as much as the student, the teacher fits a base that is a copy itself
+@example("student.", "ema.module.", "head", "head", "model.", "", False, True)
 def test_the_comparison_is_that_of_the_bare_models(
     prefix: str, other: str, part: str, other_part: str, inner: str, other_inner: str, more: bool, copy: bool
 ) -> None:

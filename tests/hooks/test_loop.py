@@ -122,8 +122,32 @@ def test_the_same_run_can_go_back_to_an_earlier_checkpoint() -> None:
     assert hook.handle.frozen == []
     model.load_state_dict(saved[1]["model"])
     hook.load_state_dict(saved[1]["hook"])
-    hook.start(optimizer)
     assert {name.partition(".")[0] for name in hook.handle.frozen} == {"layer1", "layer1_bn"}
+
+
+def test_a_state_that_is_loaded_after_the_start_counts_too() -> None:
+    """As Accelerate loads it: last of all. The optimizer has all parameters, so its own state fits before."""
+    model, hook = net(), FreezeBackbone(unfreeze=STAGES)
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hook.start(optimizer)
+    saved = train(model, optimizer, hook, DriftAudit(), range(2))[1]
+    again, other = net(), FreezeBackbone(unfreeze=STAGES)
+    other.freeze(again)
+    resumed = torch.optim.SGD(again.parameters(), lr=0.1)
+    other.start(resumed)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    other.load_state_dict(saved["hook"])
+    assert [len(group["params"]) for group in resumed.param_groups] == [10]
+    assert other.handle is not None
+    assert hook.handle is not None
+    assert other.handle.frozen == hook.handle.frozen
+    assert other.start_epoch(1) == []
+    saved["model"]["layer1.weight"] += 1
+    again.load_state_dict(saved["model"])
+    with pytest.raises(FreezekitError, match=r"other values in the model.*layer1\.weight"):
+        other.load_state_dict(saved["hook"])
 
 
 def test_a_second_run_of_the_same_model_goes_on_with_the_stages_that_are_left() -> None:

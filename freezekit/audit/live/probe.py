@@ -65,6 +65,9 @@ class Probe:
         self._armed: dict[int, tuple[str, nn.Module]] = {}
         self._caught: dict[str, tuple[nn.Module, Sample]] = {}
         self._own: set[int] = set()
+        self._inside: dict[int, tuple[str, int]] = {}
+        """Parts of what is waited for, in case that is passed by: their names, and whose they are."""
+        self._parts: dict[str, tuple[nn.Module, Sample, int]] = {}
         self._fired = False
         """Whether any layer of the model was called."""
         self._hook: Any = None
@@ -93,6 +96,12 @@ class Probe:
             self._done.clear()
         self._armed = {id(unit): (name, unit) for name, unit in units.items() if name not in self._done}
         self._own = {id(module) for module in self.region.model.modules()}
+        self._inside = {
+            id(part): (_joined(name, path), root)
+            for root, (name, unit) in self._armed.items()
+            for path, part in unit.named_modules()
+            if part is not unit and _is_of_interest(part) and not _is_stateless(part)
+        }
         if self._armed:
             warnings.filterwarnings("ignore", message=_COMPILED)
             self._hook = register_module_forward_pre_hook(self._catch)
@@ -101,6 +110,7 @@ class Probe:
         """Keep nothing, and stop waiting for a forward."""
         self._unhook()
         self._armed, self._caught, self._fired = {}, {}, False
+        self._inside, self._parts = {}, {}
 
     def run(self) -> list[Finding]:
         """Probe the layers whose inputs were kept and return what is wrong with them.
@@ -108,6 +118,9 @@ class Probe:
         It leaves no trace and never raises.
         """
         caught, missed = self._caught, dict(self._armed.values())
+        caught |= {
+            name: (part, given) for name, (part, given, root) in self._parts.items() if root in self._armed
+        }
         fired = self._fired
         self.disarm()
         if fired:
@@ -136,7 +149,7 @@ class Probe:
                 units[name] = module
                 return
             for key, child in module.named_children():
-                if any(True for _ in child.parameters()) or any(True for _ in child.buffers()):
+                if _is_of_interest(child):
                     add(f"{name}.{key}" if name else key, child)
 
         for name, root in self.region.roots.items():
@@ -155,15 +168,26 @@ class Probe:
         if torch.compiler.is_compiling():
             return
         self._fired = self._fired or id(module) in self._own
-        if id(module) not in self._armed:
-            return
-        name, _ = self._armed.pop(id(module))
+        root = id(module)
+        if root in self._armed:
+            name, _ = self._armed.pop(root)
+        else:
+            name, root = self._inside.pop(root, ("", 0))
+            if root not in self._armed:
+                return
+            for part in module.modules():  # what it calls itself is probed with it
+                self._inside.pop(id(part), None)
         try:
             # a hook for all modules is not given what is passed by name: it is taken from its caller
             kwargs = sys._getframe(1).f_locals.get("kwargs", {})
-            room = _ROOM - sum(sample.size for _, sample in self._caught.values())
-            if room > 0:
-                self._caught[name] = module, Sample.of(module, args, kwargs, whole=name in self._whole)
+            kept = [sample.size for _, sample in self._caught.values()]
+            kept += [sample.size for _, sample, _ in self._parts.values()]
+            if sum(kept) < _ROOM:
+                sample = Sample.of(module, args, kwargs, whole=name in self._whole)
+                if root == id(module):
+                    self._caught[name] = module, sample
+                else:
+                    self._parts[name] = module, sample, root
         except Exception as reason:
             self._note(name, reason)
         if not self._armed:
@@ -221,6 +245,12 @@ class Probe:
 
 def _joined(name: str, path: str) -> str:
     return ".".join(part for part in (name, path) if part)
+
+
+def _is_of_interest(part: nn.Module) -> bool:
+    """Tell whether a part has tensors, or drops out: a loss or a pooling may mix samples, and rightly so."""
+    held = any(True for _ in part.parameters()) or any(True for _ in part.buffers())
+    return held or isinstance(part, nn.modules.dropout._DropoutNd)
 
 
 def _is_never_called(module: nn.Module) -> bool:

@@ -511,8 +511,44 @@ def test_layers_that_are_iterated_over_are_probed_one_by_one() -> None:
     model = Listed()
     model.first.requires_grad_(False)
     model.then.requires_grad_(False)
-    found = [finding for times in (1, 2) for finding in probed(model, images(), times=times)[0]]
-    assert seen(found) == [("FK201", "first.0"), ("FK201", "then.0.1")]
+    for times in (1, 2):
+        assert seen(probed(model, images(), times=times)[0]) == [("FK201", "first.0"), ("FK201", "then.0.1")]
+
+
+def test_the_first_step_tells_of_a_backbone_whose_methods_are_called() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3, track_running_stats=False))
+            self.drop = nn.Dropout(0.5)
+
+        def forward_features(self, x: Tensor) -> Tensor:
+            return self.drop(self.stem(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.forward_features(x).mean((2, 3))
+
+    class Whole(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Backbone().requires_grad_(False)
+            self.head = nn.Linear(3, 2)
+            self.through = Backbone.forward_features
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.through(self.backbone, x).mean((2, 3)))
+
+    model = Whole()
+    expected = [("FK201", "backbone.stem.1"), ("FK202", "backbone.drop")]
+    assert seen(probed(model, images(), times=1)[0]) == expected
+    # a part that is called beside its backbone is no reason to probe it apart: what is around it counts too
+    model.through = lambda backbone, x: backbone.drop(x) + backbone(x)[..., None, None]
+    probe = Probe(Region(model))
+    probe.arm()
+    model(images())
+    assert list(probe._parts) == ["backbone.drop"]
+    assert seen(probe.run()) == expected
+    assert probe._done == {"backbone"}
 
 
 def test_layers_that_are_never_called_end_nothing() -> None:

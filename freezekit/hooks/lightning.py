@@ -1,0 +1,131 @@
+"""Lightning's callbacks, made from the ``Callback`` of the Lightning that is imported by then, or of both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from freezekit.audit.findings import REPORT_KEY
+from freezekit.errors import FreezekitError
+from freezekit.hooks import loop
+from freezekit.manifest import KEY
+
+__all__ = ["DriftAudit", "FreezeBackbone"]
+
+_packages = ("lightning.pytorch", "pytorch_lightning")
+_found = [name for name in _packages if name in sys.modules]
+# importing the other one as well would take over the logger of the first
+_found = _found or [name for name in _packages if find_spec(name.partition(".")[0])][:1]
+if not _found:
+    raise FreezekitError(
+        "Lightning is not installed", where=__name__, remedy="pip install 'freezekit[lightning]'"
+    )
+_Callback: Any = type("_Callback", tuple(import_module(name).Callback for name in _found), {})
+
+
+class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
+    """Freeze a Lightning module's backbone for ``fit``, and unfreeze parts of it as the epochs go.
+
+    Takes what :class:`freezekit.hooks.loop.FreezeBackbone` does, with names as they are in the Lightning
+    module. Make the optimizer of what requires a gradient, or of ``self.parameters()``: with an LR scheduler
+    only that will do. Checkpoints resume in mid-schedule, and ``freezekit audit`` checks their frozen part.
+
+    >>> callback = FreezeBackbone(unfreeze={3: "backbone.layer4", 5: "backbone"}, decay=0.1)
+    >>> callback.state_key, callback.handle
+    ('FreezeBackbone', None)
+
+    Source: Lightning documentation, Callback and BackboneFinetuning.
+    """
+
+    _fitting = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Freeze, before the optimizers are made and before anything wraps the model."""
+        self._fitting = stage == "fit"
+        if self._fitting:
+            pl_module.configure_model()  # does nothing the second time, which is Lightning's own
+            self.freeze(pl_module)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take up the optimizers; the module's state is restored by now, and theirs will be next."""
+        try:
+            self.start(trainer.optimizers, trainer.model)
+        except FreezekitError as error:
+            if error.where != "optimizer=":
+                raise
+            remedy = "make the optimizer of self.parameters(), in groups or not: what is frozen waits in it"
+            where = f"{type(pl_module).__name__}.configure_optimizers"
+            raise FreezekitError(error.what, where=where, got=error.got, remedy=remedy) from None
+        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Unfreeze what is due."""
+        self.start_epoch(trainer.current_epoch)
+
+    def start_epoch(self, epoch: int) -> list[str]:
+        """As in the loop's hook; what was in train mode at the freeze comes back in train mode."""
+        for module in self.handle.model.modules() if self.handle else ():
+            # after a validation Lightning sets each module to what it read before: of a frozen one, eval
+            if module.__dict__.get("_asked_training") is False:
+                del module.__dict__["_asked_training"]
+        return super().start_epoch(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resuming needs; nothing if the model was never trained."""
+        return super().state_dict() if self.handle else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a checkpoint's state, unless it is loaded to validate, test or predict."""
+        if self._fitting:
+            super().load_state_dict(state)
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the manifest where ``freezekit audit`` looks for it."""
+        if state := checkpoint["callbacks"].get(self.state_key):
+            checkpoint[KEY] = state["manifest"]
+
+
+class DriftAudit(loop.DriftAudit, _Callback):  # type: ignore[misc]
+    """Audit the training of a Lightning module; what is found goes to its logger and into its checkpoints.
+
+    Takes what :class:`freezekit.hooks.loop.DriftAudit` does. Each epoch's scalars go through ``log_dict``, so
+    that callbacks can monitor ``"freezekit/changed"``. Put it last: what callbacks after it write at the end
+    of training, as ``EMAWeightAveraging`` does, it does not see.
+
+    >>> audit = DriftAudit(on_drift="record", probe=10, save="drift.json")
+
+    Source: Lightning documentation, Callback and LightningModule.log_dict.
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Watch from now on: everything is restored, and the sanity check is over."""
+        self._save = self._save if trainer.is_global_zero else None
+        self.start(pl_module)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Take note at an epoch's first batch of what was unfrozen, by whichever callback or hook."""
+        if batch_idx == 0:
+            self.start_epoch()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log how much has drifted, and how far."""
+        pl_module.log_dict(self.scalars(), rank_zero_only=True)  # what drifted may differ between ranks
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put the report where ``freezekit audit`` looks for it."""
+        report = self.auditor.report() if self.auditor else self.report
+        if report is not None:
+            checkpoint[REPORT_KEY] = report.to_json()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compare everything once more, and save the report."""
+        self.finish()
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Stop watching, after an exception too."""
+        self.stop()
+
+    on_exception = teardown
