@@ -39,9 +39,10 @@ def hooks() -> dict[str, str]:
     """The hooks' public classes and functions; read and not imported, since each needs its framework."""
     found = {}
     for path in sorted(HOOKS.glob("*.py"), key=lambda path: (path.stem != "loop", path.stem)):
-        tree = ast.parse(path.read_text())
-        for node in tree.body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+        body = ast.parse(path.read_text()).body
+        public = [ast.literal_eval(node.value) for node in body if ast.unparse(node).startswith("__all__ = ")]
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in public[0]:
                 found[f"hooks.{path.stem}.{node.name}"] = ast.get_docstring(node) or ""
     return found
 
