@@ -189,7 +189,7 @@ class DriftAuditor:
         True
         """
         self._react(self._look(full=True))
-        self._earlier, attached = self.report(), self._hook is not None
+        self._earlier, attached = self._told(full=True), self._hook is not None
         self.detach()
         self._begin()
         if attached:
@@ -209,6 +209,12 @@ class DriftAuditor:
         Args:
             full: compare everything, and not only what is due at a check.
         """
+        report = self._told(full)
+        released = len(self._watched - self._region.places.keys())
+        note = f"{released} of them were unfrozen meanwhile, and are no longer compared"
+        return replace(report, notes=(*report.notes, note)) if released else report
+
+    def _told(self, full: bool) -> DriftReport:
         changes = self._look(full=full)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
         self._note(layers, last=True)

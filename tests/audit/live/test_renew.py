@@ -37,6 +37,7 @@ def test_what_is_unfrozen_may_move_and_the_rest_may_not() -> None:
     report = auditor.report()
     assert report.clean
     assert report.compared == 14  # what was frozen at any time
+    assert report.notes == ("7 of them were unfrozen meanwhile, and are no longer compared",)
     assert all(torch.equal(model.state_dict()[name], t) for name, t in frozen.items())
 
 
