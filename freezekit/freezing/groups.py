@@ -75,6 +75,13 @@ def new_group(optimizer: Any, lr: float | None) -> dict[str, Any]:
             got=type(optimizer).__name__,
             remedy="make it with all parameters and freeze with optimizer=: they then come back to it",
         )
+    if not hasattr(optimizer, "add_param_group"):
+        raise FreezekitError(
+            "this optimizer takes no parameters later",
+            where="optimizer=",
+            got=f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+            remedy="make it with all parameters of the model: those that are frozen wait in it",
+        )
     if "initial_lr" in like:
         raise FreezekitError(
             "a learning-rate scheduler was made on this optimizer, and most fail on a group added later, or "

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from freezekit.audit.findings import DriftReport
@@ -17,6 +18,7 @@ from freezekit.errors import FreezekitError
 from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import Freeze
 from freezekit.freezing.optim import root_of
+from freezekit.freezing.release import frozen_among
 from freezekit.freezing.schedule import UnfreezeSchedule
 from freezekit.manifest import Manifest
 
@@ -99,15 +101,14 @@ class FreezeBackbone:
         return self.handle
 
     def start(self, optimizer: Any, model: nn.Module | None = None) -> None:
-        """Take up the optimizer, or several; when resumed, unfreeze what had been, and check the rest.
+        """Take up the optimizer, or several; when resumed, unfreeze what had been.
 
         Args:
             optimizer: what trains the model.
             model: what is run, if that is a wrapper by now.
 
         Raises:
-            FreezekitError: nothing was frozen before, or a stage does not fit the model or the optimizer, or
-                what the checkpoint says is frozen has other values in the model.
+            FreezekitError: nothing was frozen before, or a stage does not fit the model or the optimizer.
         """
         if self.handle is None:
             raise FreezekitError("nothing is frozen yet", where="start", remedy="call .freeze(model) first")
@@ -118,15 +119,8 @@ class FreezeBackbone:
         self.schedule = (
             UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
         )
-        self._resume()
-
-    def _resume(self) -> None:
-        """Go on from the state that was loaded, if one was."""
-        if (state := self._resumed) is not None and self.handle is not None:
-            self._resumed = None
-            self.start_epoch(state["epoch"])
-            self._made = Manifest.from_json(state["manifest"])
-            self._made.verify(self.handle.model)
+        if self._resumed is not None:
+            self._advance(self._resumed["epoch"])
 
     def refuse_stages_in_ddp(self) -> None:
         """Refuse to unfreeze in a model that ``DistributedDataParallel`` has wrapped.
@@ -143,12 +137,49 @@ class FreezeBackbone:
             )
 
     def start_epoch(self, epoch: int) -> list[str]:
-        """Unfreeze what is due, and return the names of the parameters that train from now on."""
+        """Unfreeze what is due, and return the names of the parameters that train from now on.
+
+        Raises:
+            FreezekitError: in a resumed run, what was frozen has other values than the checkpoint says.
+        """
+        if (state := self._resumed) is not None and self.handle is not None:
+            self._resumed = None
+            self._made = Manifest.from_json(state["manifest"])
+            self._made.verify(self.handle.model)
+        return self._advance(epoch)
+
+    def _advance(self, epoch: int) -> list[str]:
         names = [] if self.schedule is None or epoch < 0 else self.schedule.step(epoch)
         self._reached = max(self._reached, epoch)
         if names:
             log.info("epoch %d: %d more parameters train, from %s", epoch, len(names), names[0])
         return names
+
+    def follow(self, but: Iterable[nn.Parameter] = ()) -> None:
+        """Unfreeze what somebody has set to require a gradient since, and what is in layers that only train.
+
+        Args:
+            but: parameters that are to stay frozen, whatever was set.
+        """
+        if self.handle is None:
+            return
+        model, frozen, kept = self.handle.model, set(self.handle.frozen), {id(p) for p in but}
+        for name, parameter in model.named_parameters():
+            if name in frozen and id(parameter) in kept:
+                parameter.requires_grad_(False)
+        trains = {name: p.requires_grad for name, p in model.named_parameters() if name in frozen}
+        due = [name for name, trains_now in trains.items() if trains_now]
+        if not due:
+            return
+        if len(due) == len(trains):
+            self.handle.unfreeze()
+            self._reached = max(self._stages, default=-1)  # there is no more to come
+        else:
+            held = set(frozen_among(model, "*"))
+            whole = [name for name, module in model.named_modules() if _all_train(module)]
+            self.handle.unfreeze([name for name in (*whole, *due) if name in held])
+        for name in due:  # they get back what they had before the freeze, which may be another freeze's
+            model.get_parameter(name).requires_grad_(True)
 
     def manifest(self) -> Manifest:
         """Return what is frozen now, each tensor with the digest it had when this was first called."""
@@ -189,7 +220,7 @@ class FreezeBackbone:
             self.freeze(model)
             self.start(self._optimizer)
         elif self._optimizer is not None:
-            self._resume()
+            self._advance(state["epoch"])
 
     def _plain(self) -> list[list[Any]]:
         return [[epoch, self._stages[epoch]] for epoch in sorted(self._stages)]
@@ -247,8 +278,14 @@ class DriftAudit:
         if len(self._training) == len([*model.parameters()]) and any(m in _seen for m in model.modules()):
             log.info("all of the %s trains by now: there is nothing to audit", type(model).__name__)
             return
-        optimizer = None if optimizer is None else root_of(optimizer)
-        self.auditor = DriftAuditor(model, optimizer, **self._how).attach()  # type: ignore[arg-type]
+        root = None if optimizer is None else root_of(optimizer)
+        followed = root if isinstance(root, torch.optim.Optimizer) else None
+        self.auditor = DriftAuditor(model, followed, **self._how).attach()  # type: ignore[arg-type]
+
+    def stepped(self) -> None:
+        """Take note of a step of an optimizer that is not torch's, which nothing else tells of."""
+        if self.auditor is not None and self.auditor.optimizer is None:
+            self.auditor._after_step()
 
     def start_epoch(self) -> None:
         """Take note of what was unfrozen, or frozen."""
@@ -294,6 +331,11 @@ class DriftAudit:
         self.report = report
         if self._save is not None:
             report.save(self._save)
+
+
+def _all_train(module: nn.Module) -> bool:
+    parameters = [*module.parameters()]
+    return bool(parameters) and all(parameter.requires_grad for parameter in parameters)
 
 
 def _trains(model: nn.Module) -> frozenset[str]:

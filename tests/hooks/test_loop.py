@@ -100,8 +100,9 @@ def test_a_resume_with_values_that_had_drifted_is_refused() -> None:
     other.freeze(again)
     again.load_state_dict(saved["model"])
     other.load_state_dict(saved["hook"])
+    other.start(torch.optim.SGD(again.parameters(), lr=0.1))
     with pytest.raises(FreezekitError, match="other values in the model.*layer1_bn.running_mean"):
-        other.start(torch.optim.SGD(again.parameters(), lr=0.1))
+        other.start_epoch(2)
 
 
 def test_other_stages_than_those_saved_are_refused() -> None:
@@ -146,8 +147,9 @@ def test_a_state_that_is_loaded_after_the_start_counts_too() -> None:
     assert other.start_epoch(1) == []
     saved["model"]["layer1.weight"] += 1
     again.load_state_dict(saved["model"])
+    other.load_state_dict(saved["hook"])
     with pytest.raises(FreezekitError, match=r"other values in the model.*layer1\.weight"):
-        other.load_state_dict(saved["hook"])
+        other.start_epoch(2)
 
 
 def test_a_second_run_of_the_same_model_goes_on_with_the_stages_that_are_left() -> None:
@@ -299,3 +301,46 @@ def test_to_audit_what_nobody_has_frozen_is_a_mistake() -> None:
     model = net()
     with pytest.raises(FreezekitError, match="nothing in the model is frozen"):
         DriftAudit().start(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_steps_that_torch_does_not_tell_of_are_counted_when_told() -> None:
+    """As those of fastai's optimizers; those of torch's are counted once, told or not."""
+    for told in (False, True):
+        hook, model = FreezeBackbone(), net()
+        hook.freeze(model)
+        optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+        audit = DriftAudit(every=2)
+        audit.start(
+            model, type("Other", (), {"param_groups": optimizer.param_groups})() if told else optimizer
+        )
+        for _ in range(3):
+            audit.stepped()
+            if not told:
+                optimizer.step()
+        assert audit.auditor is not None
+        assert audit.auditor.step == 3
+        model.layer1.weight.data += 1  # type: ignore[union-attr, operator]
+        with pytest.raises(DriftError, match=r"FK103 layer1\.weight at step 4"):
+            audit.stepped() if told else optimizer.step()
+        audit.stop()
+
+
+def test_what_somebody_else_sets_to_require_a_gradient_is_unfrozen_with_its_layers() -> None:
+    hook = FreezeBackbone(unfreeze={1: "layer1*"})
+    hook.follow()
+    model = net()
+    model.layer2.requires_grad_(False)  # type: ignore[union-attr]
+    handle = hook.freeze(model)
+    hook.follow()
+    assert len(handle.frozen) == 14
+    model[2:4].requires_grad_(True)
+    hook.follow(but=model.layer2.parameters())  # type: ignore[union-attr]
+    assert {name.partition(".")[0] for name in handle.frozen} == {"layer1", "layer1_bn", "layer2"}
+    assert type(model.layer2_bn) is nn.BatchNorm1d
+    assert not model.layer2.weight.requires_grad  # type: ignore[union-attr]
+    model.requires_grad_(True)
+    hook.follow()
+    assert handle.frozen == []
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert hook.schedule is None
