@@ -1,13 +1,15 @@
 """freezekit makes frozen mean frozen in PyTorch, and proves it.
 
 The names below are loaded on first use (PEP 562), so that the command line, which audits checkpoints
-without torch, starts at once.
+without torch, starts at once. :mod:`freezekit.nn` has layers of its own, :mod:`freezekit.hooks` the
+callbacks for training frameworks, and :mod:`freezekit.audit.findings` what a report is made of.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+
+TYPE_CHECKING = False  # type checkers take it for True; importing typing would cost more than all the rest
 
 __version__ = "0.1.0"
 
@@ -78,6 +80,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from freezekit import nn
     from freezekit.audit.files import audit_checkpoint
     from freezekit.audit.findings import DriftReport, Finding

@@ -27,11 +27,11 @@ REPORT_KEY = "freezekit_report"
 """Under what a checkpoint holds the text of a report."""
 
 Level = Literal["error", "warning"]
+"""What a finding is: an error makes an audit fail, a warning does not."""
 
 UNITS = ("step", "epoch", "checkpoint")
 """What the steps of a report may count."""
 
-#: code -> (what it means, its level)
 CODES: dict[str, tuple[str, Level]] = {
     "FK101": ("running statistics moved", "error"),
     "FK102": ("only num_batches_tracked moved", "error"),
@@ -75,9 +75,9 @@ CODES: dict[str, tuple[str, Level]] = {
     "FK408": ("running statistics stayed while the weights before them changed", "warning"),
     "FK409": ("running statistics may not have been trained", "warning"),
 }
+"""What each code means, and its level."""
 
 
-#: kind of cause -> what to do about it
 CAUSES: dict[str, str] = {
     "train-mode forward": "requires_grad=False does not stop running statistics; "
     "freezekit.freeze_backbone(model), or freezekit.freeze(model, NAMES) for a part, keeps the layer in "
@@ -103,6 +103,7 @@ CAUSES: dict[str, str] = {
     "move": "move or cast the model before making the auditor",
     "unknown": "every=1 narrows it down to a step; auditor.check() between the parts of the loop to a line",
 }
+"""What to do about each kind of cause."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ class CheckpointDrift:
 
     Args:
         source: the file.
-        step: the number by which timelines and findings refer to it; see :class:`DriftReport`.
+        step: the number by which timelines and findings refer to it; see :class:`freezekit.DriftReport`.
         changed: how many frozen tensors differ.
         layers: how many layers with running statistics moved.
         mean_shift_sigma: the largest of the layers', ``None`` where it is not known.
@@ -313,7 +314,7 @@ class DriftReport:
         return {cause.kind: cause for cause in made}
 
     def to_json(self) -> str:
-        """Return the report as JSON; :mod:`freezekit.report.json` says what is in it."""
+        """Return the report as JSON; ``freezekit audit --schema`` says what is in it."""
         from freezekit.report.json import render
 
         return render(self)

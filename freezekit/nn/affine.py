@@ -117,8 +117,8 @@ class FrozenAffine(_FrozenBatchNorm):
     MobileNetV2 and EfficientNet-B0 the features differ by at most 8e-7 of the largest in float32. A sample's
     output has the same bits whatever else is in the batch.
 
-    Scale and shift are remembered until one of the tensors they come from changes
-    (:func:`freezekit.nn.remembered.remembered` says what is seen of it).
+    Scale and shift are remembered until one of the tensors they come from changes; a write that torch does
+    not count (``.data``, a collective) is noticed on the CPU, with up to 8192 channels.
 
     Args:
         num_features: C.

@@ -58,7 +58,7 @@ def batch_norm_train(
 
     Raises:
         ValueError: ``eps`` is not positive.
-        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+        RuntimeError: another operand's channels or dtype do not fit the input's.
 
     >>> output, mean, var = batch_norm_train(torch.tensor([[1.0], [3.0]]), None, None, 1e-5)
     >>> mean.item(), var.item(), [round(y, 4) for y in output.flatten().tolist()]
@@ -113,7 +113,7 @@ def batch_norm_eval(
 
     Raises:
         ValueError: ``eps`` is negative.
-        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+        RuntimeError: another operand's channels or dtype do not fit the input's.
 
     >>> mean, var = torch.tensor([1.0]), torch.tensor([4.0])
     >>> batch_norm_eval(torch.tensor([[5.0]]), mean, var, None, torch.tensor([1.0]), 0.0)
@@ -221,7 +221,7 @@ def group_norm(
     Raises:
         ValueError: a group holds one value, or ``N * C // G`` is 1 where nothing follows the channels.
         RuntimeError: the input has less than two dimensions, its channels do not divide into the groups, or
-            an operand does not fit (:func:`check_operands`).
+            another operand does not fit.
 
     >>> group_norm(torch.tensor([[1.0, 3.0, 5.0, 5.0]]), 2, None, torch.tensor([0.0, 0.0, 1.0, 2.0]), 1e-9)
     tensor([[-1.,  1.,  1.,  2.]])
@@ -272,7 +272,7 @@ def layer_norm(
 
     Raises:
         RuntimeError: ``normalized_shape`` is empty or not what the input ends in, or an operand has another
-            shape or a dtype that does not fit the input (:func:`check_operands`).
+            shape or a dtype that does not fit the input's.
 
     >>> x, weight = torch.tensor([[1.0, 3.0], [7.0, 5.0]]), torch.tensor([1.0, 2.0])
     >>> layer_norm(x, [2], weight, None, 1e-9).round(decimals=3)
@@ -324,7 +324,7 @@ def instance_norm_train(
 
     Raises:
         ValueError: one value for each channel of a sample.
-        RuntimeError: an operand does not fit the input (:func:`check_operands`).
+        RuntimeError: another operand's channels or dtype do not fit the input's.
 
     >>> output, mean, var = instance_norm_train(torch.tensor([[[1.0, 3.0]], [[5.0, 9.0]]]), None, None, 0.0)
     >>> output.round(decimals=3).tolist(), mean.tolist(), var.round(decimals=3).tolist()

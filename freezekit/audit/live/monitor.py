@@ -44,8 +44,8 @@ class DriftAuditor:
         optimizer: whose steps to follow; by default every optimizer that holds parameters of the model.
         frozen: names or globs of the frozen layers and tensors, if it cannot be told by ``requires_grad``.
         every: check after every so many steps.
-        on_drift: ``"raise"`` :class:`~freezekit.DriftError` at the first finding, ``"warn"`` of each new one
-            with :class:`~freezekit.DriftWarning`, or only ``"record"`` it for :meth:`report`.
+        on_drift: ``"raise"`` :class:`freezekit.DriftError` at the first finding, ``"warn"`` of each new one
+            with :class:`freezekit.DriftWarning`, or only ``"record"`` it for :meth:`report`.
         watch: ``"rolling"`` compares every buffer and small parameter at each check, large parameters as soon
             as something hints at a write to them and otherwise in turns, so that 20 checks cover them all;
             ``"all"`` compares everything each time; ``"norm"`` looks at the norm layers alone.
