@@ -466,7 +466,9 @@ def test_suites_without_torch_do_not_pay(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import sys\ndef test_it():\n    assert not {'torch', 'numpy', 'rich'} & set(sys.modules)\n"
     )
-    pytester.runpytest_subprocess("-p", "freezekit.hooks.pytest").assert_outcomes(passed=1)
+    pytester.runpytest_subprocess("-p", "no:freezekit", "-p", "freezekit.hooks.pytest").assert_outcomes(
+        passed=1
+    )
 
 
 def test_without_running_pytest(tmp_path: Path) -> None:
