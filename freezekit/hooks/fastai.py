@@ -76,9 +76,9 @@ class DriftAudit(loop.DriftAudit, _fastai.Callback):  # type: ignore[misc]
 
     @learn.setter
     def learn(self, learn: Any) -> None:
-        if learn is None:
+        if learn is None and self.learn is not None:
             self._end()
-        else:
+        elif learn is not None:
             learn.fit = partial(_fit, learn)  # after an error fastai calls no callback
         self.__dict__["_learn"] = learn
 

@@ -17,7 +17,7 @@ from freezekit.audit.live.monitor import DriftAuditor
 from freezekit.errors import FreezekitError
 from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import Freeze
-from freezekit.freezing.optim import root_of
+from freezekit.freezing.optim import check_optimizers, root_of
 from freezekit.freezing.release import frozen_among
 from freezekit.freezing.schedule import UnfreezeSchedule
 from freezekit.manifest import Manifest
@@ -96,7 +96,7 @@ class FreezeBackbone:
         self._optimizer = None  # until start: one of an earlier run is none of this one's
         if self.handle is None or self.handle.model is not model:
             self.handle = freeze_backbone(model, **self._how)
-            self._reached, self._made = -1, None
+            self._reached, self._made, self.schedule = -1, None, None
             _seen.add(model)
             log.info("froze %d tensors of a %s", len(self.handle.frozen), type(model).__name__)
         return self.handle
@@ -117,9 +117,10 @@ class FreezeBackbone:
             self.refuse_stages_in_ddp()
         self._optimizer = optimizer
         stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
-        self.schedule = (
-            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
-        )
+        if not stages:
+            self.schedule = None
+        elif self.schedule is None or self.schedule._optimizers != check_optimizers(optimizer):
+            self.schedule = UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options)
         if self._resumed is not None:
             self._advance(self._resumed["epoch"])
 
@@ -285,7 +286,8 @@ class DriftAudit:
         """Watch the model from now on, after each step of the optimizer, or of every one that trains it."""
         self.stop()
         self._training = _trains(model)
-        if len(self._training) == len([*model.parameters()]) and any(m in _seen for m in model.modules()):
+        all_train = self._how["frozen"] is None and len(self._training) == len([*model.parameters()])
+        if all_train and any(m in _seen for m in model.modules()):
             log.info("all of the %s trains by now: there is nothing to audit", type(model).__name__)
             return
         root = None if optimizer is None else root_of(optimizer)
@@ -320,11 +322,12 @@ class DriftAudit:
         auditor = self.auditor
         if auditor is None:
             return None
-        self.start_epoch()
-        self.auditor = None
         try:
+            self.start_epoch()
             auditor.__exit__(None)
         finally:
+            self.auditor = None
+            auditor.detach()
             self._take(auditor.report())
         return self.report
 
