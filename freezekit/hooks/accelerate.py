@@ -8,15 +8,11 @@ from typing import Any
 
 from torch import nn
 
-from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("accelerate"):
     from accelerate import PartialState
     from accelerate.utils import extract_model_from_parallel
-except ImportError as error:
-    fix = "pip install 'freezekit[accelerate]'"
-    raise FreezekitError("Accelerate is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 

@@ -7,17 +7,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which fastai uses
-        _fastai: Any = import_module("fastai.learner")
-except ImportError as error:
-    raise FreezekitError(
-        "fastai cannot be imported", where=__name__, got=str(error), remedy="pip install 'freezekit[fastai]'"
-    ) from error
+with loop.needs("fastai"), warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which fastai uses
+    _fastai: Any = import_module("fastai.learner")
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 _COLUMN = "frozen_changed"

@@ -6,15 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("ignite"):
     from ignite.engine import Engine, Events
-except ImportError as error:
-    raise FreezekitError(
-        "Ignite cannot be imported", where=__name__, got=str(error), remedy="pip install 'freezekit[ignite]'"
-    ) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 

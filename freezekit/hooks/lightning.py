@@ -16,9 +16,9 @@ __all__ = ["DriftAudit", "FreezeBackbone"]
 _packages = ("lightning.pytorch", "pytorch_lightning")
 _found = [name for name in _packages if name in sys.modules]  # importing both changes who logs for the first
 _found = _found or [name for name in _packages if importlib.util.find_spec(name.partition(".")[0])][:1]
-if not _found:
-    raise FreezekitError("Lightning is missing", where=__name__, remedy="pip install 'freezekit[lightning]'")
-_Callback: Any = type("_Callback", tuple(importlib.import_module(name).Callback for name in _found), {})
+with loop.needs("lightning"):
+    _modules = [importlib.import_module(name) for name in _found or _packages[:1]]
+_Callback: Any = type("_Callback", tuple(module.Callback for module in _modules), {})
 
 
 class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,20 @@ class DriftAudit:
         self.report = report
         if self._save is not None:
             report.save(self._save)
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Say how to install a hook's framework if it cannot be imported in the block."""
+    try:
+        yield
+    except ImportError as error:
+        raise FreezekitError(
+            f"{extra} cannot be imported",
+            where=f"freezekit.hooks.{extra}",
+            got=str(error),
+            remedy=f"pip install 'freezekit[{extra}]'",
+        ) from error
 
 
 def _all_train(module: nn.Module) -> bool:

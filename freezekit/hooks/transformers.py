@@ -8,11 +8,8 @@ from typing import Any
 from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("transformers"):
     from transformers import TrainerCallback
-except ImportError as error:
-    fix = "pip install 'freezekit[transformers]'"
-    raise FreezekitError("transformers is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 

@@ -97,10 +97,9 @@ class DriftAuditor:
             raise FreezekitError(
                 "not a model", where="model", got=type(model).__name__, remedy="give a torch.nn.Module"
             )
-        # Accelerate's is one by its class alone
         if optimizer is not None and not hasattr(optimizer, "_optimizer_step_post_hooks"):
             raise FreezekitError(
-                "not an optimizer of torch's kind",
+                "not an optimizer of torch's kind",  # Accelerate's is one by its class alone
                 where="optimizer=",
                 got=type(optimizer).__name__,
                 remedy="leave it out: torch's that hold parameters of the model are followed; with another "
