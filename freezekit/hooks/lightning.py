@@ -91,7 +91,6 @@ class DriftAudit(loop.DriftAudit, _Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch from now on: everything is restored, and the sanity check is over."""
-        self._save = self._save if trainer.is_global_zero else None
         self.start(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

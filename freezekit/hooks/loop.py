@@ -246,7 +246,8 @@ class DriftAudit:
     Args:
         frozen: as for :class:`freezekit.DriftAuditor`, as are ``every``, ``on_drift``, ``watch``, ``keep``,
             ``snapshot`` and ``probe``.
-        save: where to save the report at the end, as JSON for ``freezekit audit``.
+        save: where to save the report at the end, as JSON for ``freezekit audit``; of several processes the
+            first does.
 
     >>> import torch
     >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
@@ -286,6 +287,8 @@ class DriftAudit:
     def start(self, model: nn.Module, optimizer: Any = None) -> None:
         """Watch the model from now on, after each step of the optimizer, or of every one that trains it."""
         self.stop()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._save = self._save if torch.distributed.get_rank() == 0 else None
         self._training = _trains(model)
         all_train = self._how["frozen"] is None and len(self._training) == len([*model.parameters()])
         if all_train and any(m in _seen for m in model.modules()):

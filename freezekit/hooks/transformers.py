@@ -103,7 +103,6 @@ class DriftAudit(loop.DriftAudit, TrainerCallback):
         if new and self.auditor is not None:
             self.start_epoch()
         elif new:
-            self._save = self._save if args.should_save else None
             self.start(given["model"], given["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:

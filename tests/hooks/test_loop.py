@@ -440,3 +440,19 @@ def test_other_values_in_a_resumed_run_are_told_of_without_what_only_restoring_h
         "load the checkpoint that was saved with the manifest before verifying; if that was done, they had "
         "drifted by then"
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_saves_the_report(tmp_path: Path, rank: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = net()
+    model.layer1.requires_grad_(False)
+    audit = DriftAudit(save=tmp_path / "drift.json")
+    torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        audit.start(model)
+        assert audit.finish() is not None
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (tmp_path / "drift.json").is_file() == (rank == 0)
