@@ -51,7 +51,6 @@ class FreezeBackbone(loop.FreezeBackbone):
         self.start(optimizer, getattr(model, "_orig_mod", model))  # DDP may be inside torch.compile's module
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
-        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
 
     def _save(self, models: list[nn.Module], weights: Any, folder: str) -> None:
         if PartialState().is_main_process:

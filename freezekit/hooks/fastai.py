@@ -49,7 +49,6 @@ class FreezeBackbone(loop.FreezeBackbone, _fastai.Callback):  # type: ignore[mis
         """Take up the optimizer at the fit's first epoch, and unfreeze what is due."""
         if self.learn.train_iter == 0:
             self.start(self.learn.opt, self.learn.model)
-            self.manifest()  # has the digests of now
         if not hasattr(self.learn, "lr_finder"):
             self.start_epoch(self.learn.epoch)
 

@@ -46,11 +46,7 @@ class FreezeBackbone(loop.FreezeBackbone):
         """
         self.freeze(_inner(model))
         self.start(optimizer, model)
-        trainer.add_event_handler(Events.STARTED, self._begin)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._next)
-
-    def _begin(self, _: Engine) -> None:
-        self.manifest()  # has the digests of now
 
     def _next(self, trainer: Engine) -> None:
         self.start_epoch(trainer.state.epoch - 1)

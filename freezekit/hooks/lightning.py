@@ -49,7 +49,6 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
                 raise
             fix = "make the optimizer of self.parameters(), in groups or not: what is frozen waits in it"
             raise FreezekitError(error.what, where="configure_optimizers", remedy=fix) from None
-        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Unfreeze what is due."""

@@ -146,6 +146,7 @@ class FreezeBackbone:
             FreezekitError: in a resumed run, what was frozen has other values than the checkpoint says.
         """
         self.verify()
+        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
         return self._advance(epoch)
 
     def verify(self) -> None:

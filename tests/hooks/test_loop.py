@@ -456,3 +456,14 @@ def test_of_several_processes_the_first_saves_the_report(tmp_path: Path, rank: i
     finally:
         torch.distributed.destroy_process_group()
     assert (tmp_path / "drift.json").is_file() == (rank == 0)
+
+
+def test_the_manifest_has_the_digests_from_before_the_first_epoch() -> None:
+    model, hook = net(), FreezeBackbone(head="fc")
+    hook.freeze(model)
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    hook.start_epoch(0)
+    model.layer1.weight.data += 1
+    hook.load_state_dict(hook.state_dict())
+    with pytest.raises(FreezekitError, match=r"other values .*'layer1\.weight'"):
+        hook.start_epoch(1)
