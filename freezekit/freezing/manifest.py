@@ -65,7 +65,7 @@ def make_manifest(handle: Freeze) -> Manifest:
 def verify(manifest: Manifest, model: nn.Module) -> None:
     """As :meth:`freezekit.Manifest.verify`."""
     require_module(model)
-    _Place(manifest, model).compare_values()
+    _Place(manifest, model).compare_values("give the model the dtype it had then", "verifying", "")
 
 
 def restore(manifest: Manifest, model: nn.Module, optimizer: Any, *, strict: bool) -> Freeze:
@@ -74,7 +74,8 @@ def restore(manifest: Manifest, model: nn.Module, optimizer: Any, *, strict: boo
     place = _Place(manifest, model)
     place.refuse_frozen_already()
     if strict:
-        place.compare_values()
+        lenient = "; strict=False freezes them as they are"
+        place.compare_values("restore first, then change the dtype of the model", "restoring", lenient)
     names = place.names()
     choices = Choices(**manifest.choices)  # type: ignore[arg-type]  # _freeze() refuses what it does not know
     kind = BORDER if manifest.border else ""
@@ -147,8 +148,14 @@ class _Place:
                     remedy="restore the manifest in place of freezing the model, or unfreeze(model) before",
                 )
 
-    def compare_values(self) -> None:
-        """Refuse a model whose values are not those that were frozen."""
+    def compare_values(self, recasting: str, doing: str, lenient: str) -> None:
+        """Refuse a model whose values are not those that were frozen.
+
+        Args:
+            recasting: what to do about another dtype.
+            doing: what the values are compared for.
+            lenient: how to do that all the same.
+        """
         digests: dict[int, str | None] = {}
         recast, differing = [], []
         for name, tensor in self.tensors.items():
@@ -162,14 +169,13 @@ class _Place:
                     digests[id(value)] = _digest(value)[0]
                 if digests[id(value)] != tensor.sha256:
                     differing.append(name)
-        lenient = "strict=False freezes them as they are"
-        remedy = f"restore first, then change the dtype of the model; {lenient}"
-        self._refuse(recast, "frozen tensors have another dtype in the model", remedy, quote=str)
+        fault = "frozen tensors have another dtype in the model"
+        self._refuse(recast, fault, recasting + lenient, quote=str)
         self._refuse(
             differing,
             "frozen tensors have other values in the model than when the manifest was made",
-            "load the checkpoint that was saved with the manifest before restoring; if that was done, they "
-            f"had drifted by then; {lenient}",
+            f"load the checkpoint that was saved with the manifest before {doing}; if that was done, they "
+            f"had drifted by then{lenient}",
         )
 
     def names(self) -> list[str]:

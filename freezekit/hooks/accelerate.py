@@ -11,12 +11,9 @@ from torch import nn
 from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("accelerate"):
     from accelerate import PartialState
     from accelerate.utils import extract_model_from_parallel
-except ImportError as error:
-    fix = "pip install 'freezekit[accelerate]'"
-    raise FreezekitError("Accelerate is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
@@ -54,20 +51,33 @@ class FreezeBackbone(loop.FreezeBackbone):
         self.start(optimizer, getattr(model, "_orig_mod", model))  # DDP may be inside torch.compile's module
         accelerator.register_save_state_pre_hook(self._save)
         accelerator.register_load_state_pre_hook(self._load)
-        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
 
     def _save(self, models: list[nn.Module], weights: Any, folder: str) -> None:
         if PartialState().is_main_process:
-            state = self.state_dict()
-            self.manifest().save(Path(folder, "frozen.json"))
+            state, (schedule, frozen) = self.state_dict(), self._files(models, folder)
+            self.manifest().save(frozen)
             del state["manifest"]
-            Path(folder, "freezekit.json").write_text(json.dumps(state))
+            schedule.write_text(json.dumps(state))
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         """Unfreeze what had been, before the optimizer's state is loaded, whose groups have it."""
-        state = json.loads(Path(folder, "freezekit.json").read_text())
-        state["manifest"] = Path(folder, "frozen.json").read_text()
+        schedule, frozen = self._files(models, folder)
+        if not schedule.is_file():
+            raise FreezekitError(
+                "the state was saved without this hook",
+                where=str(schedule),
+                remedy="load it before .attach(accelerator, model, optimizer)",
+            )
+        state = json.loads(schedule.read_text())
+        state["manifest"] = frozen.read_text()
         self.load_state_dict(state)  # the values are checked when the model is loaded, after this
+
+    def _files(self, models: list[nn.Module], folder: str) -> tuple[Path, Path]:
+        """Return where schedule and manifest are: numbered as Accelerate numbers the files of its models."""
+        inside = [extract_model_from_parallel(model, keep_torch_compile=False) for model in models]
+        at = next((k for k, model in enumerate(inside) if self.handle and self.handle.model is model), 0)
+        end = f"_{at}.json" if at else ".json"
+        return Path(folder, f"freezekit{end}"), Path(folder, f"frozen{end}")
 
 
 class DriftAudit(loop.DriftAudit):
@@ -84,7 +94,6 @@ class DriftAudit(loop.DriftAudit):
 
     def start(self, model: nn.Module, optimizer: Any = None) -> None:
         """Watch the model inside its wrappers from now on, after each step of the optimizer."""
-        self._save = self._save if PartialState().is_main_process else None
         super().start(extract_model_from_parallel(model, keep_torch_compile=False), optimizer)
 
     def log(self, accelerator: Any, step: int | None = None) -> None:

@@ -7,17 +7,11 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which fastai uses
-        _fastai: Any = import_module("fastai.learner")
-except ImportError as error:
-    raise FreezekitError(
-        "fastai cannot be imported", where=__name__, got=str(error), remedy="pip install 'freezekit[fastai]'"
-    ) from error
+with loop.needs("fastai"), warnings.catch_warnings():
+    warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.script, which fastai uses
+    _fastai: Any = import_module("fastai.learner")
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 _COLUMN = "frozen_changed"
@@ -55,7 +49,6 @@ class FreezeBackbone(loop.FreezeBackbone, _fastai.Callback):  # type: ignore[mis
         """Take up the optimizer at the fit's first epoch, and unfreeze what is due."""
         if self.learn.train_iter == 0:
             self.start(self.learn.opt, self.learn.model)
-            self.manifest()  # has the digests of now
         if not hasattr(self.learn, "lr_finder"):
             self.start_epoch(self.learn.epoch)
 
@@ -76,9 +69,9 @@ class DriftAudit(loop.DriftAudit, _fastai.Callback):  # type: ignore[misc]
 
     @learn.setter
     def learn(self, learn: Any) -> None:
-        if learn is None:
+        if learn is None and self.learn is not None:
             self._end()
-        else:
+        elif learn is not None:
             learn.fit = partial(_fit, learn)  # after an error fastai calls no callback
         self.__dict__["_learn"] = learn
 

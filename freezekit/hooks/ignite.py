@@ -6,15 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("ignite"):
     from ignite.engine import Engine, Events
-except ImportError as error:
-    raise FreezekitError(
-        "Ignite cannot be imported", where=__name__, got=str(error), remedy="pip install 'freezekit[ignite]'"
-    ) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
@@ -51,11 +46,7 @@ class FreezeBackbone(loop.FreezeBackbone):
         """
         self.freeze(_inner(model))
         self.start(optimizer, model)
-        trainer.add_event_handler(Events.STARTED, self._begin)
         trainer.add_event_handler(Events.EPOCH_STARTED, self._next)
-
-    def _begin(self, _: Engine) -> None:
-        self.manifest()  # has the digests of now
 
     def _next(self, trainer: Engine) -> None:
         self.start_epoch(trainer.state.epoch - 1)

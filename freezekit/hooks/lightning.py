@@ -16,9 +16,9 @@ __all__ = ["DriftAudit", "FreezeBackbone"]
 _packages = ("lightning.pytorch", "pytorch_lightning")
 _found = [name for name in _packages if name in sys.modules]  # importing both changes who logs for the first
 _found = _found or [name for name in _packages if importlib.util.find_spec(name.partition(".")[0])][:1]
-if not _found:
-    raise FreezekitError("Lightning is missing", where=__name__, remedy="pip install 'freezekit[lightning]'")
-_Callback: Any = type("_Callback", tuple(importlib.import_module(name).Callback for name in _found), {})
+with loop.needs("lightning"):
+    _modules = [importlib.import_module(name) for name in _found or _packages[:1]]
+_Callback: Any = type("_Callback", tuple(module.Callback for module in _modules), {})
 
 
 class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
@@ -49,7 +49,6 @@ class FreezeBackbone(loop.FreezeBackbone, _Callback):  # type: ignore[misc]
                 raise
             fix = "make the optimizer of self.parameters(), in groups or not: what is frozen waits in it"
             raise FreezekitError(error.what, where="configure_optimizers", remedy=fix) from None
-        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Unfreeze what is due."""
@@ -91,7 +90,6 @@ class DriftAudit(loop.DriftAudit, _Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Watch from now on: everything is restored, and the sanity check is over."""
-        self._save = self._save if trainer.is_global_zero else None
         self.start(pl_module)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from freezekit.audit.live.monitor import DriftAuditor
 from freezekit.errors import FreezekitError
 from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import Freeze
-from freezekit.freezing.optim import root_of
+from freezekit.freezing.optim import check_optimizers, root_of
 from freezekit.freezing.release import frozen_among
 from freezekit.freezing.schedule import UnfreezeSchedule
 from freezekit.manifest import Manifest
@@ -96,7 +97,7 @@ class FreezeBackbone:
         self._optimizer = None  # until start: one of an earlier run is none of this one's
         if self.handle is None or self.handle.model is not model:
             self.handle = freeze_backbone(model, **self._how)
-            self._reached, self._made = -1, None
+            self._reached, self._made, self.schedule = -1, None, None
             _seen.add(model)
             log.info("froze %d tensors of a %s", len(self.handle.frozen), type(model).__name__)
         return self.handle
@@ -117,9 +118,10 @@ class FreezeBackbone:
             self.refuse_stages_in_ddp()
         self._optimizer = optimizer
         stages = {epoch: names for epoch, names in self._stages.items() if epoch > self._reached}
-        self.schedule = (
-            UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options) if stages else None
-        )
+        if not stages:
+            self.schedule = None
+        elif self.schedule is None or self.schedule._optimizers != check_optimizers(optimizer):
+            self.schedule = UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options)
         if self._resumed is not None:
             self._advance(self._resumed["epoch"])
 
@@ -144,6 +146,7 @@ class FreezeBackbone:
             FreezekitError: in a resumed run, what was frozen has other values than the checkpoint says.
         """
         self.verify()
+        self.manifest()  # has the digests of now, so that the first epoch's drift is found too
         return self._advance(epoch)
 
     def verify(self) -> None:
@@ -244,7 +247,8 @@ class DriftAudit:
     Args:
         frozen: as for :class:`freezekit.DriftAuditor`, as are ``every``, ``on_drift``, ``watch``, ``keep``,
             ``snapshot`` and ``probe``.
-        save: where to save the report at the end, as JSON for ``freezekit audit``.
+        save: where to save the report at the end, as JSON for ``freezekit audit``; of several processes the
+            first does.
 
     >>> import torch
     >>> model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1))
@@ -284,8 +288,11 @@ class DriftAudit:
     def start(self, model: nn.Module, optimizer: Any = None) -> None:
         """Watch the model from now on, after each step of the optimizer, or of every one that trains it."""
         self.stop()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self._save = self._save if torch.distributed.get_rank() == 0 else None
         self._training = _trains(model)
-        if len(self._training) == len([*model.parameters()]) and any(m in _seen for m in model.modules()):
+        all_train = self._how["frozen"] is None and len(self._training) == len([*model.parameters()])
+        if all_train and any(m in _seen for m in model.modules()):
             log.info("all of the %s trains by now: there is nothing to audit", type(model).__name__)
             return
         root = None if optimizer is None else root_of(optimizer)
@@ -320,11 +327,12 @@ class DriftAudit:
         auditor = self.auditor
         if auditor is None:
             return None
-        self.start_epoch()
-        self.auditor = None
         try:
+            self.start_epoch()
             auditor.__exit__(None)
         finally:
+            self.auditor = None
+            auditor.detach()
             self._take(auditor.report())
         return self.report
 
@@ -341,6 +349,20 @@ class DriftAudit:
         self.report = report
         if self._save is not None:
             report.save(self._save)
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Say how to install a hook's framework if it cannot be imported in the block."""
+    try:
+        yield
+    except ImportError as error:
+        raise FreezekitError(
+            f"{extra} cannot be imported",
+            where=f"freezekit.hooks.{extra}",
+            got=str(error),
+            remedy=f"pip install 'freezekit[{extra}]'",
+        ) from error
 
 
 def _all_train(module: nn.Module) -> bool:

@@ -8,11 +8,8 @@ from typing import Any
 from freezekit.errors import FreezekitError
 from freezekit.hooks import loop
 
-try:
+with loop.needs("transformers"):
     from transformers import TrainerCallback
-except ImportError as error:
-    fix = "pip install 'freezekit[transformers]'"
-    raise FreezekitError("transformers is missing", where=__name__, got=str(error), remedy=fix) from error
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
 
@@ -106,7 +103,6 @@ class DriftAudit(loop.DriftAudit, TrainerCallback):
         if new and self.auditor is not None:
             self.start_epoch()
         elif new:
-            self._save = self._save if args.should_save else None
             self.start(given["model"], given["optimizer"])
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -260,5 +260,35 @@ def test_two_processes(tmp_path: Path) -> None:
 def test_without_accelerate_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.delitem(sys.modules, "freezekit.hooks.accelerate")
-    with pytest.raises(FreezekitError, match=r"is missing.*Remedy: pip install 'freezekit\[accelerate\]'$"):
+    with pytest.raises(
+        FreezekitError, match=r"cannot be imported.*Remedy: pip install 'freezekit\[accelerate\]'$"
+    ):
         importlib.import_module("freezekit.hooks.accelerate")
+
+
+def test_a_state_that_was_saved_without_the_hook_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    accelerator, model, hook = accelerate.Accelerator(cpu=True), net(), FreezeBackbone(head="fc")
+    hook.freeze(model)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.save_state(str(tmp_path))
+    hook.attach(accelerator, model, optimizer)
+    with pytest.raises(FreezekitError, match=r"freezekit\.json: .*saved without this hook\. Remedy: load it"):
+        accelerator.load_state(str(tmp_path))
+
+
+def test_two_models_each_with_a_hook(tmp_path: Path) -> None:
+    accelerator, hooks = accelerate.Accelerator(cpu=True), []
+    for stages in (STAGES, {1: "layer2"}):
+        model, hook = net(), FreezeBackbone(head="fc", unfreeze=stages)
+        hook.freeze(model)
+        prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        hook.attach(accelerator, prepared, optimizer)
+        hook.start_epoch(1)
+        hooks.append(hook)
+    held = [list(hook.handle.frozen) for hook in hooks if hook.handle]
+    assert held[0] != held[1]
+    accelerator.save_state(str(tmp_path))
+    accelerator.load_state(str(tmp_path))
+    assert [hook.start_epoch(1) for hook in hooks] == [[], []]
+    assert [hook.handle.frozen for hook in hooks if hook.handle] == held
+    assert {"frozen.json", "frozen_1.json"} <= {path.name for path in tmp_path.iterdir()}

@@ -345,3 +345,11 @@ def test_without_fastai_the_error_has_the_command() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "FreezekitError: freezekit.hooks.fastai: fastai cannot be imported" in done.stderr
     assert done.stderr.rstrip().endswith("Remedy: pip install 'freezekit[fastai]'")
+
+
+def test_to_be_taken_from_no_learner_is_no_error(tmp_path: Path) -> None:
+    audit = DriftAudit()
+    learn = learner(tmp_path, audit)
+    learn.remove_cb(audit)
+    learn.remove_cb(audit)
+    assert audit.learn is None

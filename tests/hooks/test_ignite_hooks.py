@@ -333,5 +333,5 @@ def test_what_is_frozen_may_also_be_frozen_before() -> None:
 def test_without_ignite_the_error_has_the_command() -> None:
     code = "import sys; sys.modules['ignite'] = None; import freezekit.hooks.ignite"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "FreezekitError: freezekit.hooks.ignite: Ignite cannot be imported" in done.stderr
+    assert "FreezekitError: freezekit.hooks.ignite: ignite cannot be imported" in done.stderr
     assert done.stderr.rstrip().endswith("Remedy: pip install 'freezekit[ignite]'")

@@ -661,13 +661,15 @@ def test_pytorch_lightning(tmp_path: Path) -> None:
 
 def test_without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    for name in ("lightning.pytorch", "pytorch_lightning"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delitem(sys.modules, "lightning.pytorch", raising=False)
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    monkeypatch.setitem(sys.modules, "lightning", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if "lightning" in n[:18] else find(n))
     with pytest.raises(FreezekitError) as caught:
         load_anew()
     assert str(caught.value) == (
-        "freezekit.hooks.lightning: Lightning is missing. Remedy: pip install 'freezekit[lightning]'"
+        "freezekit.hooks.lightning: lightning cannot be imported (got No module named 'lightning.pytorch'; "
+        "'lightning' is not a package). Remedy: pip install 'freezekit[lightning]'"
     )
 
 

@@ -381,3 +381,89 @@ def test_what_somebody_else_sets_to_require_a_gradient_is_unfrozen_with_its_laye
     assert all(parameter.requires_grad for parameter in model.parameters())
     hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
     assert hook.schedule is None
+
+
+def test_the_same_optimizer_again_gets_no_groups_twice() -> None:
+    model, hook = net(), FreezeBackbone(head="fc", unfreeze=STAGES)
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.1)
+    hook.start(optimizer)
+    hook.start_epoch(0), hook.start_epoch(1)
+    hook.freeze(model)  # a second run
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which refuses a group that is added later
+    hook.start(optimizer)
+    hook.start_epoch(0), hook.start_epoch(3)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 4, 4]
+    assert hook.handle is not None
+    assert hook.handle.frozen == []
+
+
+def test_an_audit_that_ends_in_an_error_of_what_was_unfrozen_late_is_over(tmp_path: Path) -> None:
+    model = net()
+    model.requires_grad_(False)
+    untouched = nn.Module.__setattr__
+    audit = DriftAudit(save=tmp_path / "drift.json")
+    audit.start(model)
+    model.fc.requires_grad_(True)
+    model.layer1.weight.data += 1
+    with pytest.raises(DriftError, match=r"FK103 layer1\.weight"):
+        audit.finish()
+    assert audit.auditor is None
+    assert nn.Module.__setattr__ is untouched  # what the auditor wraps is put back
+    assert audit.report is not None
+    assert audit.report.changed == ("layer1.weight",)
+    assert (tmp_path / "drift.json").is_file()
+
+
+def test_what_is_named_is_audited_though_all_of_the_model_trains() -> None:
+    model, hook = net(), FreezeBackbone(head="fc")
+    hook.freeze(model).undo()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    audit = DriftAudit(frozen="layer1", on_drift="record")
+    audit.start(model, optimizer)
+    model(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()
+    report = audit.finish()
+    assert report is not None
+    assert "layer1.weight" in report.changed
+
+
+def test_other_values_in_a_resumed_run_are_told_of_without_what_only_restoring_has() -> None:
+    model, hook = net(), FreezeBackbone(head="fc")
+    hook.freeze(model)
+    state = hook.state_dict()
+    hook.load_state_dict(state)
+    model.layer1.weight.data += 1
+    with pytest.raises(FreezekitError) as caught:
+        hook.start_epoch(0)
+    assert caught.value.remedy == (
+        "load the checkpoint that was saved with the manifest before verifying; if that was done, they had "
+        "drifted by then"
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_saves_the_report(tmp_path: Path, rank: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = net()
+    model.layer1.requires_grad_(False)
+    audit = DriftAudit(save=tmp_path / "drift.json")
+    torch.distributed.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
+    try:
+        audit.start(model)
+        assert audit.finish() is not None
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (tmp_path / "drift.json").is_file() == (rank == 0)
+
+
+def test_the_manifest_has_the_digests_from_before_the_first_epoch() -> None:
+    model, hook = net(), FreezeBackbone(head="fc")
+    hook.freeze(model)
+    hook.start(torch.optim.SGD(model.parameters(), lr=0.1))
+    hook.start_epoch(0)
+    model.layer1.weight.data += 1
+    hook.load_state_dict(hook.state_dict())
+    with pytest.raises(FreezekitError, match=r"other values .*'layer1\.weight'"):
+        hook.start_epoch(1)

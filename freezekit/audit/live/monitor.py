@@ -97,9 +97,9 @@ class DriftAuditor:
             raise FreezekitError(
                 "not a model", where="model", got=type(model).__name__, remedy="give a torch.nn.Module"
             )
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
+        if optimizer is not None and not hasattr(optimizer, "_optimizer_step_post_hooks"):
             raise FreezekitError(
-                "not an optimizer of torch's kind",
+                "not an optimizer of torch's kind",  # Accelerate's is one by its class alone
                 where="optimizer=",
                 got=type(optimizer).__name__,
                 remedy="leave it out: torch's that hold parameters of the model are followed; with another "
@@ -188,12 +188,14 @@ class DriftAuditor:
         >>> auditor.report().clean
         True
         """
-        self._react(self._look(full=True))
-        self._earlier, attached = self._told(full=True), self._hook is not None
-        self.detach()
-        self._begin()
-        if attached:
-            self.attach()
+        try:
+            self._react(self._look(full=True))
+        finally:  # whoever goes on after the error goes on with what is frozen now
+            self._earlier, attached = self._told(full=True), self._hook is not None
+            self.detach()
+            self._begin()
+            if attached:
+                self.attach()
 
     def check(self) -> list[Finding]:
         """Compare now, react as ``on_drift`` says, and return the findings that are new.
@@ -353,8 +355,6 @@ class DriftAuditor:
 
 
 _UNKNOWN = Cause("unknown")
-
-
 _OF_THEIR_OWN = ("FK201", "FK202")
 """Findings of what a layer does, which no tensor that moved explains."""
 

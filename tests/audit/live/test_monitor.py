@@ -784,3 +784,13 @@ def test_a_list_of_optimizers_is_not_needed() -> None:
     model, optimizer = model_and_optimizer("naive")
     with pytest.raises(FreezekitError, match=r"got list.*leave it out: torch's that hold parameters"):
         DriftAuditor(model, [optimizer])  # type: ignore[arg-type]
+
+
+def test_an_optimizer_that_is_one_by_its_class_alone_is_refused() -> None:
+    """As Accelerate's, which has none of torch's hooks."""
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    wrapper = accelerate.Accelerator(cpu=True).prepare(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(FreezekitError, match=r"optimizer=.*AcceleratedOptimizer.*leave it out"):
+        DriftAuditor(model, wrapper)

@@ -121,3 +121,18 @@ def test_another_base_after_it_is_told_apart_from_the_first() -> None:
         auditor.renew()
         step(model, optimizer)
     assert [(f.code, f.name, f.step) for f in auditor.report().findings] == [("FK101", "1", 1)]
+
+
+def test_after_the_error_it_goes_on_with_what_is_frozen_now() -> None:
+    model = net()
+    model[:4].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    auditor = DriftAuditor(model, optimizer).attach()
+    model[2:4].requires_grad_(True)
+    model[0].weight.data.add_(1)  # type: ignore[operator, union-attr]
+    with pytest.raises(DriftError, match=r"FK103 0\.weight"):
+        auditor.renew()
+    model.eval()(torch.randn(8, 4)).square().mean().backward()
+    optimizer.step()  # moves what trains, which is no finding
+    auditor.detach()
+    assert auditor.report().changed == ("0.weight",)
