@@ -148,7 +148,8 @@ class UnfreezeSchedule:
         """
         _check_epoch(epoch, "epoch")
         names: list[str] = []
-        last = epoch if self._growth != 1 else min(epoch, self._stages[-1].epoch)
+        ends = max((stage.epoch for stage in self._stages), default=-1)
+        last = epoch if self._growth != 1 else min(epoch, ends)
         for now in range(self.epoch + 1, last + 1):
             for stage in self._stages:
                 if stage.epoch == now:

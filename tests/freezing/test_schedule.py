@@ -406,3 +406,15 @@ def test_growth_without_a_group_of_its_own_is_refused() -> None:
     freeze_backbone(model, optimizer=optimizer)
     with pytest.raises(FreezekitError, match="growth=2.0"):
         UnfreezeSchedule(model, optimizer, {1: "layer3"}, growth=2.0)
+
+
+def test_without_stages_nothing_is_due() -> None:
+    model = net()
+    handle = freeze_backbone(model)
+    schedule = UnfreezeSchedule(model, torch.optim.SGD(trainable_parameters(model), lr=1.0), {})
+    assert schedule.step(10**12) == []
+    assert schedule.epoch == 10**12
+    assert len(handle.frozen) == 21
+    again = UnfreezeSchedule(model, torch.optim.SGD(trainable_parameters(model), lr=1.0), {})
+    again.load_state_dict(schedule.state_dict())
+    assert again.epoch == 10**12
