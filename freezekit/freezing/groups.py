@@ -87,7 +87,7 @@ def new_group(optimizer: Any, lr: float | None) -> dict[str, Any]:
             "a learning-rate scheduler was made on this optimizer, and most fail on a group added later, or "
             "leave it out",
             where="optimizer=",
-            got=f"{len(root_of(optimizer).param_groups)} groups with a scheduler",
+            got=f"param_groups with a scheduler: {len(root_of(optimizer).param_groups)}",
             remedy="make an UnfreezeSchedule before the scheduler; or make the optimizer with all "
             "parameters and freeze with optimizer=: they then come back to their own group",
         )

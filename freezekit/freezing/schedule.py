@@ -21,7 +21,7 @@ from freezekit.freezing.groups import (
 from freezekit.freezing.release import frozen_among, parameters_of, unfreeze
 from freezekit.freezing.selection import require_module
 
-__all__ = ["UnfreezeSchedule"]
+__all__ = ["UnfreezeSchedule", "check_epoch"]
 
 
 @dataclass
@@ -146,7 +146,7 @@ class UnfreezeSchedule:
         Raises:
             FreezekitError: ``epoch`` is no number from 0 on, or a layer was changed while it was frozen.
         """
-        _check_epoch(epoch, "epoch")
+        check_epoch(epoch, "epoch")
         names: list[str] = []
         ends = max((stage.epoch for stage in self._stages), default=-1)
         last = epoch if self._growth != 1 else min(epoch, ends)
@@ -218,7 +218,7 @@ class UnfreezeSchedule:
 def _resolved(model: nn.Module, stages: Mapping[int, str | Iterable[str]], bn: str) -> list[_Stage]:
     """Turn patterns into names of what is frozen, each in the first stage that has it."""
     for epoch in stages:
-        _check_epoch(epoch, "stages")
+        check_epoch(epoch, "stages")
     resolved: list[_Stage] = []
     seen: set[str] = set()
     for epoch in sorted(stages):
@@ -247,6 +247,9 @@ def _without_bn(model: nn.Module, names: list[str]) -> list[str]:
     return [name for name in names if name not in around and not name.startswith(inside)]
 
 
-def _check_epoch(epoch: object, where: str) -> None:
+def check_epoch(epoch: object, where: str) -> None:
+    """Refuse what is no epoch."""
     if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
-        raise FreezekitError("not an epoch", where=where, got=repr(epoch), remedy="give a number from 0 on")
+        raise FreezekitError(
+            "not an epoch", where=where, got=repr(epoch), remedy="give a whole number from 0 on"
+        )

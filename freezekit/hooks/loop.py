@@ -20,7 +20,7 @@ from freezekit.freezing.freeze import freeze_backbone
 from freezekit.freezing.handle import Freeze
 from freezekit.freezing.optim import check_optimizers, root_of
 from freezekit.freezing.release import frozen_among
-from freezekit.freezing.schedule import UnfreezeSchedule
+from freezekit.freezing.schedule import UnfreezeSchedule, check_epoch
 from freezekit.manifest import Manifest
 
 __all__ = ["DriftAudit", "FreezeBackbone"]
@@ -73,6 +73,11 @@ class FreezeBackbone:
         unfreeze_bn: str = "train",
     ) -> None:
         self._how = {"head": head, "backbone": backbone, "bn": bn, "convert": convert, "hold": hold}
+        if not isinstance(unfreeze or {}, Mapping):
+            fix = 'give epochs and what begins to train at each, as in {1: "layer4"}'
+            raise FreezekitError("not a mapping", where="unfreeze=", got=repr(unfreeze), remedy=fix)
+        for epoch in unfreeze or {}:
+            check_epoch(epoch, "unfreeze=")
         self._stages = {
             epoch: [p] if isinstance(p, str) else list(p) for epoch, p in (unfreeze or {}).items()
         }
@@ -121,7 +126,13 @@ class FreezeBackbone:
         if not stages:
             self.schedule = None
         elif self.schedule is None or self.schedule._optimizers != check_optimizers(optimizer):
-            self.schedule = UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options)
+            try:
+                self.schedule = UnfreezeSchedule(self.handle.model, optimizer, stages, **self._options)
+            except FreezekitError as error:
+                if error.where != "optimizer=":
+                    raise
+                fix = "make the optimizer of model.parameters(), in groups or not: what is frozen waits in it"
+                raise FreezekitError(error.what, where=error.where, got=error.got, remedy=fix) from None
         if self._resumed is not None:
             self._advance(self._resumed["epoch"])
 
@@ -143,8 +154,13 @@ class FreezeBackbone:
         """Unfreeze what is due, and return the names of the parameters that train from now on.
 
         Raises:
-            FreezekitError: in a resumed run, what was frozen has other values than the checkpoint says.
+            FreezekitError: there are stages and no optimizer yet; or in a resumed run, what was frozen has
+                other values than the checkpoint says.
         """
+        check_epoch(epoch, "epoch")
+        if self._stages and self._optimizer is None:
+            fault, fix = "no optimizer was given, so nothing can be unfrozen", "call .start(optimizer) before"
+            raise FreezekitError(fault, where="start_epoch", remedy=fix)
         self.verify()
         self.manifest()  # has the digests of now, so that the first epoch's drift is found too
         return self._advance(epoch)
@@ -297,7 +313,16 @@ class DriftAudit:
             return
         root = None if optimizer is None else root_of(optimizer)
         followed = root if isinstance(root, torch.optim.Optimizer) else None
-        self.auditor = DriftAuditor(model, followed, **self._how).attach()  # type: ignore[arg-type]
+        if self._save is not None and not (folder := Path(self._save).absolute().parent).is_dir():
+            fault = "there is no such folder"
+            raise FreezekitError(fault, where="save=", got=str(folder), remedy="make it first")
+        try:
+            self.auditor = DriftAuditor(model, followed, **self._how).attach()  # type: ignore[arg-type]
+        except FreezekitError as error:
+            if not error.what.startswith("nothing in the model is frozen"):
+                raise
+            fix = "add FreezeBackbone too, or say what must not move: DriftAudit(frozen=[...])"
+            raise FreezekitError(error.what, where="DriftAudit", got=error.got, remedy=fix) from None
 
     def stepped(self) -> None:
         """Take note of a step of an optimizer that is not torch's, which nothing else tells of."""

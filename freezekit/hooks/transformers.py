@@ -49,10 +49,9 @@ class FreezeBackbone(loop.FreezeBackbone, TrainerCallback):
         except FreezekitError as error:
             if error.where != "optimizer=":
                 raise
-            fix = "give the Trainer a model that nobody has frozen: what waits must be in its optimizer"
-            raise FreezekitError(
-                "it is not in the Trainer's optimizer", where="unfreeze=", remedy=fix
-            ) from None
+            fix = "make it of model.parameters(), or give none; and give a model that nobody has frozen"
+            fault = "the Trainer's optimizer lacks what is to train later"
+            raise FreezekitError(fault, where="unfreeze=", remedy=fix) from None
         self.verify()
         self._epoch = int(state.epoch or 0)
 

@@ -336,7 +336,7 @@ def test_it_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_to_audit_what_nobody_has_frozen_is_a_mistake() -> None:
     model = net()
-    with pytest.raises(FreezekitError, match="nothing in the model is frozen"):
+    with pytest.raises(FreezekitError, match=r"DriftAudit: nothing in the model is.*add FreezeBackbone too"):
         DriftAudit().start(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
@@ -467,3 +467,50 @@ def test_the_manifest_has_the_digests_from_before_the_first_epoch() -> None:
     hook.load_state_dict(hook.state_dict())
     with pytest.raises(FreezekitError, match=r"other values .*'layer1\.weight'"):
         hook.start_epoch(1)
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "said"),
+    [
+        ({"1": "layer2"}, r"unfreeze=: not an epoch \(got '1'\)\. Remedy: give a whole number from 0 on"),
+        ({-1: "layer2"}, r"unfreeze=: not an epoch \(got -1\)"),
+        (["layer2"], r"unfreeze=: not a mapping \(got \['layer2'\]\)\. Remedy: .* as in \{1: \"layer4\"\}"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused_at_once(unfreeze: Any, said: str) -> None:
+    with pytest.raises(FreezekitError, match=said):
+        FreezeBackbone(unfreeze=unfreeze)
+
+
+def test_a_forgotten_start_is_told_of() -> None:
+    hook = FreezeBackbone(unfreeze={1: "layer2"})
+    hook.freeze(net())
+    with pytest.raises(
+        FreezekitError, match=r"start_epoch: no optimizer was given.*call \.start\(optimizer\)"
+    ):
+        hook.start_epoch(0)
+    with pytest.raises(FreezekitError, match=r"epoch: not an epoch \(got '1'\)"):
+        hook.start_epoch("1")  # type: ignore[arg-type]
+    other = FreezeBackbone()
+    other.freeze(net())
+    assert other.start_epoch(0) == []
+
+
+def test_an_optimizer_that_cannot_take_a_group_is_refused_in_the_hooks_words() -> None:
+    hook, model = FreezeBackbone(unfreeze={1: "layer2"}), net()
+    hook.freeze(model)
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.1)  # type: ignore[union-attr]
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.raises(
+        FreezekitError, match=r"scheduler: 1\)\. Remedy: make the optimizer of model\.parameters"
+    ):
+        hook.start(optimizer)
+
+
+def test_a_report_that_could_not_be_saved_is_told_of_before_training(tmp_path: Path) -> None:
+    hook, model = FreezeBackbone(), net()
+    hook.freeze(model)
+    audit = DriftAudit(save=tmp_path / "nowhere" / "drift.json")
+    with pytest.raises(FreezekitError, match="save=: there is no such folder .*nowhere.*make it first"):
+        audit.start(model)
+    assert audit.auditor is None

@@ -342,8 +342,8 @@ def test_stages_of_a_model_that_was_frozen_before_are_refused(tmp_path: Path) ->
     with pytest.raises(FreezekitError) as caught:
         trainer_of(model, tmp_path, FreezeBackbone(unfreeze=STAGES)).train()
     assert str(caught.value) == (
-        "unfreeze=: it is not in the Trainer's optimizer. Remedy: give the Trainer a model that nobody has "
-        "frozen: what waits must be in its optimizer"
+        "unfreeze=: the Trainer's optimizer lacks what is to train later. Remedy: make it of "
+        "model.parameters(), or give none; and give a model that nobody has frozen"
     )
 
 
