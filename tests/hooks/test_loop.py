@@ -242,14 +242,14 @@ def test_what_stays_frozen_after_a_stage_keeps_its_digests_of_the_start() -> Non
     assert hook.handle.manifest().tensors != hook.manifest().tensors  # which has those of now
 
 
-def test_a_checkpoint_with_the_hooks_manifest_is_audited(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_checkpoint_with_the_hooks_manifest_is_audited(inside: bool, tmp_path: Path) -> None:
     hook, model = FreezeBackbone(), net()
     hook.freeze(model)
     for file, clean in (("right.pth", True), ("wrong.pth", False)):
-        torch.save(
-            {"state_dict": model.state_dict(), "freezekit_manifest": hook.state_dict()["manifest"]},
-            tmp_path / file,
-        )
+        state = hook.state_dict()
+        told = {"freeze": state} if inside else {"freezekit_manifest": state["manifest"]}
+        torch.save({"state_dict": model.state_dict(), **told}, tmp_path / file)
         assert audit_checkpoint(tmp_path / file).clean is clean
         model.layer1_bn.running_var.mul_(2)  # type: ignore[union-attr, operator]
 

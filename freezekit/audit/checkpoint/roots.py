@@ -27,6 +27,8 @@ from freezekit.manifest import KEY
 __all__ = ["State", "check_length", "find_state", "find_texts", "model_names", "too_many_keys"]
 
 _TEXTS = {KEY: "handle.manifest()", REPORT_KEY: "auditor.report()"}
+#: what the state of a hook that freezes has in it
+_OF_A_HOOK = {"epoch", "stages", "manifest"}
 #: characters; what looks at all that is above a name costs the square of its length
 _MAX_KEY_LENGTH = 1_000
 
@@ -151,10 +153,13 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
 def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
     """Return the texts of the manifest and of the report beside the state dict, and notes.
 
-    A note tells of something else in the place of either.
+    A manifest may also be in the state of a hook. A note tells of something else in the place of either.
     """
     mapping = as_mapping(root) or {}
     found = {key: mapping.get(key) for key in _TEXTS}
+    if found[KEY] is None:
+        states = [v for v in mapping.values() if isinstance(v, dict) and v.keys() == _OF_A_HOOK]
+        found[KEY] = states[0]["manifest"] if len(states) == 1 else None
     notes = [
         f"its '{key}' is not text, and was not used: save {_TEXTS[key]}.to_json() there"
         for key, value in found.items()
