@@ -6,6 +6,7 @@ It holds the public names only. A warning, a reference that leads nowhere and a 
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -71,6 +72,9 @@ def main(folder: Path) -> None:
     warnings.simplefilter("error")
     show_public_names()
     pdoc.render.configure(docformat="google", show_source=False)
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)  # in the clone pdoc asks which of two is meant
     pdoc.pdoc(*PAGES, output_directory=folder)
     pages = {
         ".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.html")
