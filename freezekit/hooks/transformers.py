@@ -107,8 +107,9 @@ class DriftAudit(loop.DriftAudit, TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Add how much has drifted, and how far, to what is logged of the training."""
         if {"loss", "train_loss"} & given["logs"].keys():
-            for logged in (given["logs"], state.log_history[-1]):
-                logged.update(self.scalars())
+            scalars = self.scalars()  # once: it compares the model
+            given["logs"].update(scalars)
+            state.log_history[-1].update(scalars)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Compare everything once more, and save the report."""
