@@ -107,8 +107,8 @@ def touched() -> list[Any]:
 @pytest.fixture
 def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # ours as given, whether it is installed or not
-    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    for name in "PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "CI", "BUILD_NUMBER":
+        monkeypatch.delenv(name, raising=False)  # with CI set, pytest prints the text of a failure twice
     # what torch imports late must stay, as it cannot be imported twice
     monkeypatch.setattr("_pytest.pytester.SysModulesSnapshot.restore", lambda self: None)
     return Suite(pytester)
