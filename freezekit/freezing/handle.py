@@ -10,6 +10,7 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import holding, optim
+from freezekit.freezing.distributed import changes_told
 from freezekit.freezing.folding import describe
 from freezekit.freezing.groups import orphans_of
 from freezekit.freezing.release import release_all, unfreeze
@@ -126,7 +127,8 @@ class Freeze:
         Raises:
             FreezekitError: the class of a layer was changed meanwhile; nothing is undone then.
         """
-        release_all(self.model, {self._holder}, adopt_mode=False)
+        with changes_told(self.model):
+            release_all(self.model, {self._holder}, adopt_mode=False)
 
     def unfreeze(
         self, patterns: str | Iterable[str] = "*", *, optimizer: Any = None, lr: float | None = None
