@@ -108,6 +108,9 @@ class Freeze:
     def manifest(self) -> Manifest:
         """Return what this freeze holds now, with a digest of every tensor, to be saved with a checkpoint.
 
+        Of a sharded model every rank has to call it, as each tensor is gathered for its digest: all get the
+        manifest that the model in one piece has.
+
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         >>> from freezekit import freeze
         >>> print(freeze(model, ["0", "1"]).manifest())
