@@ -1,0 +1,44 @@
+"""The seven promises under fully_shard, on two and on four ranks, with naive freezing as the control."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+from backbones import network, shard
+from promises import Promises, Way
+from ranks import run
+
+from freezekit import freeze_backbone
+
+WHOLE = partial(shard, reshard_after_forward=False)
+
+
+class TestPromisesUnderFSDP(Promises):
+    ways = {
+        "freeze, shard": Way(shard),
+        "freeze, shard, kept whole": Way(WHOLE),
+        "shard, freeze": Way(shard, wrap_first=True),
+        "shard, freeze, kept whole": Way(WHOLE, wrap_first=True),
+        "affine, shard": Way(shard, convert="affine"),
+        "shard, fold": Way(shard, wrap_first=True, convert="fold"),
+    }
+    naive = Way(shard, wrap_first=True, naive=True)
+
+
+def copied(rank: int) -> list[str]:
+    said = []
+    for frozen in (False, True):
+        model = shard(network())
+        if frozen:
+            freeze_backbone(model)
+        with pytest.raises(AssertionError) as caught:
+            copy.deepcopy(model)
+        said.append(str(caught.value))
+    return said
+
+
+def test_torch_copies_no_sharded_model_frozen_or_not() -> None:
+    for plain, frozen in run(copied, 2):
+        assert plain == frozen != ""
