@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 from backbones import network, shard
-from promises import Promises, Way
+from promises import Promises, Way, work
 from ranks import run
 
 from freezekit import freeze_backbone
@@ -16,7 +17,7 @@ WHOLE = partial(shard, reshard_after_forward=False)
 
 
 class TestPromisesUnderFSDP(Promises):
-    ways = {
+    ways: ClassVar[dict[str, Way]] = {
         "freeze, shard": Way(shard),
         "freeze, shard, kept whole": Way(WHOLE),
         "shard, freeze": Way(shard, wrap_first=True),
@@ -24,7 +25,12 @@ class TestPromisesUnderFSDP(Promises):
         "affine, shard": Way(shard, convert="affine"),
         "shard, fold": Way(shard, wrap_first=True, convert="fold"),
     }
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest) -> list[Any]:
     naive = Way(shard, wrap_first=True, naive=True)
+    return run(work, request.param, TestPromisesUnderFSDP.ways, naive)
 
 
 def copied(rank: int) -> list[str]:
