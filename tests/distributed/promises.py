@@ -165,7 +165,8 @@ def accumulation(way: Way) -> dict[str, Any]:
     """Two batches whose gradients stay on the rank, a third that brings all together, and a clipped norm."""
     model, outer, _ = way.make()
     before, x = bits(model), own_batch()
-    outer.train()
+    loss(outer.train(), x).backward()  # with a static graph the first has to be for all
+    outer.zero_grad()
     for part, last in ((x[:1], False), (x[1:2], False), (x[2:], True)):
         if isinstance(outer, FSDPModule):
             outer.set_requires_gradient_sync(last)
@@ -211,20 +212,12 @@ def _checkpointed(model: nn.Module, outer: nn.Module, x: Tensor) -> None:
     checkpoint(outer, x.clone().requires_grad_(), use_reentrant=False).square().mean().backward()
 
 
-def _compiled(model: nn.Module, outer: nn.Module, x: Tensor) -> None:
-    torch.compiler.reset()
-    fast = torch.compile(outer, backend="aot_eager")
-    optimizer = sgd(model)
-    train(fast, optimizer, x, steps=2)
-
-
 ORDEALS: dict[str, Callable[[nn.Module, nn.Module, Tensor], None]] = {
     "assigned": _assigned,
     "applied": _applied,
     "update_bn": _update_bn,
     "converted": _converted,
     "checkpointed": _checkpointed,
-    "compiled": _compiled,
 }
 
 
@@ -365,9 +358,10 @@ class Promises:
     ways: ClassVar[dict[str, Way]]
 
     def each(self, ranks: list[Any], promise: str) -> Iterator[tuple[Way, Any]]:
-        for name, way in self.ways.items():
-            for rank in ranks:
-                yield way, rank[promise, name]
+        for rank in ranks:
+            for name, way in self.ways.items():
+                if (promise, name) in rank:  # not all are tried on four
+                    yield way, rank[promise, name]
 
     def test_naive_freezing_moves_the_statistics(self, ranks: list[Any]) -> None:
         for rank in ranks:
@@ -377,8 +371,10 @@ class Promises:
         for _, found in self.each(ranks, "state"):
             assert found["start"] == set()
             assert found["moved"] == HEAD
-        for name in self.ways:
-            assert all(rank["state", name]["bits"] == ranks[0]["state", name]["bits"] for rank in ranks)
+        for rank in ranks:
+            for name in self.ways:
+                one, other = rank.get(("state", name)), ranks[0].get(("state", name))
+                assert one is other is None or one["bits"] == other["bits"]
 
     def test_naive_freezing_computes_by_the_batch(self, ranks: list[Any]) -> None:
         for rank in ranks:

@@ -39,7 +39,8 @@ class TestPromisesUnderDDP(Promises):
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request: pytest.FixtureRequest) -> list[Any]:
     naive = Way(DistributedDataParallel, naive=True)
-    return run(work, request.param, TestPromisesUnderDDP.ways, naive)
+    ways = list(TestPromisesUnderDDP.ways.items())[: None if request.param == 2 else 3]
+    return run(work, request.param, dict(ways), naive)
 
 
 def note_and_reduce(names, bucket):  # torch refuses annotations that are strings
