@@ -539,3 +539,22 @@ def test_a_probe_on_one_rank_waits_for_none(all_seen: Any, world: int) -> None:
     assert called == {}
     assert same
     assert risks == ["FK301"] * 2
+
+
+def beside_torchs(rank: int) -> dict[str, list[dict[str, Tensor]]]:
+    """Both layers on one GPU; gloo carries CUDA tensors, too."""
+    found: dict[str, list[dict[str, Tensor]]] = {"own": [], "torch": []}
+    for name, home in {"own": freezekit.nn, "torch": nn}.items():
+        for dtype in (torch.float64, torch.float32):
+            torch.manual_seed(5)
+            layer = randomised(home.SyncBatchNorm(4)).to("cuda", dtype)
+            x = batch(rank)[: 1 + rank].to("cuda", dtype)
+            found[name] += [{k: v.cpu() for k, v in run(layer, x).items()} for _ in range(3)]
+    return found
+
+
+@pytest.mark.gpu
+def test_against_torchs_layer() -> None:
+    for found in run_ranks(beside_torchs, 2):
+        for got, expected in zip(found["own"], found["torch"], strict=True):
+            assert_same(got, expected, 1e-10 if got["output"].dtype == torch.float64 else 1e-5)
