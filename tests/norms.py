@@ -15,6 +15,7 @@ import freezekit.nn as own
 
 NAMES = [
     *(f"{kind}Norm{rank}d" for kind in ("Batch", "Instance") for rank in (1, 2, 3)),
+    "SyncBatchNorm",
     "LayerNorm",
     "GroupNorm",
 ]
@@ -60,6 +61,8 @@ CASES = {
     "bn2": Case("BatchNorm2d", (4,), (3, 4, 2, 5)),
     "bn2-batch": Case("BatchNorm2d", (4,), (3, 4, 2, 5), {"track_running_stats": False}),
     "bn3": Case("BatchNorm3d", (4,), (2, 4, 2, 3, 2)),
+    "sync-NC": Case("SyncBatchNorm", (4,), (6, 4)),
+    "sync": Case("SyncBatchNorm", (4,), (3, 4, 2, 5)),
     "in1": Case("InstanceNorm1d", (4,), (3, 4, 5)),
     "in1-track": Case("InstanceNorm1d", (4,), (3, 4, 5), TRACK),
     "in2": Case("InstanceNorm2d", (4,), (3, 4, 2, 5), {"affine": True}),

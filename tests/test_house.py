@@ -44,7 +44,7 @@ def test_public_names() -> None:
     assert freezekit.nn.__all__ == [
         "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenAffine", "FrozenBatchNorm1d", "FrozenBatchNorm2d",
         "FrozenBatchNorm3d", "FrozenSyncBatchNorm", "GroupNorm", "InstanceNorm1d", "InstanceNorm2d",
-        "InstanceNorm3d", "LayerNorm",
+        "InstanceNorm3d", "LayerNorm", "SyncBatchNorm",
     ]  # fmt: skip
     for name in freezekit.__all__:
         assert getattr(freezekit, name).__doc__, name

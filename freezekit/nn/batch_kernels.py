@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,9 +27,20 @@ __all__ = [
     "BatchNormCompiled",
     "BatchNormTrain",
     "ScaleAndShift",
+    "Shared",
+    "Totalled",
+    "batch_norm_backward",
+    "batch_norm_forward",
     "batch_norm_plain",
+    "channel_dims",
     "scale_and_shift_plain",
 ]
+
+Shared: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""From pivot, mean beyond it and variance of a part of the batch to mean, mean beyond it, variance of all."""
+
+Totalled: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, int]]
+"""From a part's gradients of weight and bias to those of the whole batch, and its values per channel."""
 
 _SMALL = 65_536
 """Numbers up to which the calls cost more than the memory, and the fewest calls win."""
@@ -54,7 +66,7 @@ def _total(parts: list[Tensor], inner: bool) -> Tensor:
     return values.sum(0, dtype=torch.float64).to(values.dtype)
 
 
-def _channel_dims(x: Tensor) -> tuple[list[int], list[int]]:
+def channel_dims(x: Tensor) -> tuple[list[int], list[int]]:
     """Return the dimensions to reduce over, and the shape in which a value a channel meets the input."""
     return ([0], [-1]) if x.dim() == 2 else ([0, *range(2, x.dim())], [-1] + [1] * (x.dim() - 2))
 
@@ -64,7 +76,7 @@ def batch_norm_plain(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute as :class:`BatchNormTrain` does, op by op, for compilers and further differentiation."""
     x = x.to(compute_dtype(x))
-    dims, shape = _channel_dims(x)
+    dims, shape = channel_dims(x)
     centred, mean, var = centre(x, dims)
     mean, var = mean.flatten(), var.flatten()
     scale = (var + eps).rsqrt() if weight is None else (var + eps).rsqrt() * weight
@@ -84,7 +96,7 @@ class BatchNormCompiled(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = input.to(compute_dtype(input))
-        dims, shape = _channel_dims(x)
+        dims, shape = channel_dims(x)
         var, mean = torch.var_mean(x, dims, correction=0)
         invstd = (var + eps).rsqrt()
         scale = invstd if weight is None else invstd * weight
@@ -98,7 +110,7 @@ class BatchNormCompiled(torch.autograd.Function):
         input, mean, invstd, scale = ctx.saved_tensors
         x = input.to(mean.dtype)
         g = grads[0].to(mean.dtype)
-        dims, shape = _channel_dims(x)
+        dims, shape = channel_dims(x)
         n = x.numel() // x.size(1)
         centred = x - mean.reshape(shape)
         d_bias = g.sum(dims)
@@ -124,8 +136,7 @@ class BatchNormTrain(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = dense(input.to(compute_dtype(input)))
-        forward = _batch_norm_forward if x.numel() > _SMALL else _small_batch_norm_forward
-        y, mean, var, *saved = forward(x, weight, bias, eps)
+        y, mean, var, *saved = batch_norm_forward(x, weight, bias, eps)
         ctx.save_for_backward(input, weight, *saved)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
@@ -141,8 +152,7 @@ class BatchNormTrain(torch.autograd.Function):
             bias = stand_in(ctx.needs_input_grad[2], [input.size(1)], saved[0])
             return *differentiate(batch_norm_plain, (input, weight, bias), (ctx.eps,), grad), None
         x = dense(input.to(compute_dtype(input)))
-        backward = _batch_norm_backward if x.numel() > _SMALL else _small_batch_norm_backward
-        dx, d_weight, d_bias = backward(grad.to(x.dtype), x, ctx.needs_input_grad[0], *saved)
+        dx, d_weight, d_bias = batch_norm_backward(grad.to(x.dtype), x, ctx.needs_input_grad[0], saved)
         return (
             None if dx is None else dx.to(input.dtype),
             d_weight if ctx.needs_input_grad[1] else None,
@@ -151,8 +161,28 @@ class BatchNormTrain(torch.autograd.Function):
         )
 
 
-def _batch_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+def batch_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shared: Shared | None = None
+) -> tuple[Tensor, ...]:
+    """Normalise a dense input that is not empty; ``shared`` if it is a part of the batch.
+
+    Returns:
+        The output, the mean, the biased variance, and what :func:`batch_norm_backward` needs besides.
+    """
+    forward = _large_forward if x.numel() > _SMALL else _small_forward
+    return forward(x, weight, bias, eps, shared)
+
+
+def batch_norm_backward(
+    g: Tensor, x: Tensor, needs_dx: bool, saved: list[Tensor], totalled: Totalled | None = None
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Return the gradients of input (if needed), weight and bias; ``totalled`` if it is part of the batch."""
+    backward = _large_backward if x.numel() > _SMALL else _small_backward
+    return backward(g, x, needs_dx, totalled, *saved)
+
+
+def _large_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shared: Shared | None
 ) -> tuple[Tensor, ...]:
     y = torch.empty_like(x)
     rows = _rows(x)
@@ -176,9 +206,9 @@ def _batch_norm_forward(
             squares.append(sum_of_squares(t))
     rest = _total(sums, inner).div_(n)  # mean - pivot
     var = _total(squares, inner).div_(n).addcmul_(rest, rest, value=-1).clamp_(min=0)
+    mean, rest, var = shared(pivot, rest, var) if shared else (mean_of(pivot, rest), rest, var)
     invstd = (var + eps).rsqrt_()
     scale = invstd if weight is None else invstd * weight
-    mean = mean_of(pivot, rest)
     # Far from zero, `x * scale` rounds off what a deviation consists of: then the pivot is subtracted first.
     far = _is_far(pivot, invstd)
     offset = rest if far else mean
@@ -190,8 +220,15 @@ def _batch_norm_forward(
     return y, mean, var, pivot, rest, invstd, scale.flatten()
 
 
-def _batch_norm_backward(
-    grad: Tensor, x: Tensor, needs_dx: bool, pivot: Tensor, rest: Tensor, invstd: Tensor, scale: Tensor
+def _large_backward(
+    grad: Tensor,
+    x: Tensor,
+    needs_dx: bool,
+    totalled: Totalled | None,
+    pivot: Tensor,
+    rest: Tensor,
+    invstd: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     g = strided_like(grad, x)
     dx = torch.empty_like(x)
@@ -211,9 +248,10 @@ def _batch_norm_backward(
     if not needs_dx:
         return None, d_weight, d_bias
     # dx = scale * (g - E[g] - xhat * E[g * xhat]), sorted by what depends on the element
-    slope = (d_weight * invstd).mul_(scale).div_(-n)
+    all_weight, all_bias, n = totalled(d_weight, d_bias) if totalled else (d_weight, d_bias, n)
+    slope = (all_weight * invstd).mul_(scale).div_(-n)
     far = _is_far(pivot, invstd)
-    shift = (d_bias * scale).div_(-n).addcmul_(slope, rest if far else pivot + rest, value=-1)
+    shift = (all_bias * scale).div_(-n).addcmul_(slope, rest if far else pivot + rest, value=-1)
     if not inner:
         scale, slope, shift = scale[:, None], slope[:, None], shift[:, None]
     for block, g_block, out in reversed(blocks):
@@ -227,34 +265,50 @@ def _is_far(pivot: Tensor, invstd: Tensor) -> bool:
     return not pivot.is_cpu or bool((pivot.abs() * invstd).max() > _FAR)
 
 
-def _small_batch_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+def _small_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, shared: Shared | None
 ) -> tuple[Tensor, ...]:
-    dims, shape = _channel_dims(x)
+    dims, shape = channel_dims(x)
     n = x.numel() // x.size(1)
     # A difference of two values of the channel is exact where they are close, however large both are.
     first = (x[0] if x.dim() == 2 else x[0].flatten(1)[:, 0]).clone()  # not a view, which would keep x
     t = x - first.view(shape)
-    mean = t.sum(dims).div_(n)
-    t.sub_(mean.view(shape))
+    rest = t.sum(dims).div_(n)
+    t.sub_(rest.view(shape))
     var = (t * t).sum(dims).div_(n)
+    if shared:
+        part = rest
+        mean, rest, var = shared(first, part, var)
+        t.sub_((rest - part).view(shape))
+    else:
+        mean = mean_of(first, rest)
     invstd = (var + eps).rsqrt_()
     scale = (invstd if weight is None else invstd * weight).view(shape)
     y = t * scale if bias is None else torch.addcmul(bias.view(shape), t, scale)
-    return y, mean_of(first, mean), var, first, mean, invstd, scale
+    return y, mean, var, first, rest, invstd, scale
 
 
-def _small_batch_norm_backward(
-    g: Tensor, x: Tensor, needs_dx: bool, first: Tensor, mean: Tensor, invstd: Tensor, scale: Tensor
+def _small_backward(
+    g: Tensor,
+    x: Tensor,
+    needs_dx: bool,
+    totalled: Totalled | None,
+    first: Tensor,
+    rest: Tensor,
+    invstd: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    dims, shape = _channel_dims(x)
-    t = (x - first.view(shape)).sub_(mean.view(shape))
+    dims, shape = channel_dims(x)
+    t = (x - first.view(shape)).sub_(rest.view(shape))
     d_bias = g.sum(dims)
     d_weight = (g * t).sum(dims).mul_(invstd)
     if not needs_dx:
         return None, d_weight, d_bias
-    means = torch.addcmul(d_bias.view_as(scale), t, (d_weight * invstd).view_as(scale))
-    return torch.add(g, means, alpha=-x.size(1) / x.numel()).mul_(scale), d_weight, d_bias
+    all_weight, all_bias, n = (
+        totalled(d_weight, d_bias) if totalled else (d_weight, d_bias, x.numel() // x.size(1))
+    )
+    means = torch.addcmul(all_bias.view_as(scale), t, (all_weight * invstd).view_as(scale))
+    return torch.add(g, means, alpha=-1 / n).mul_(scale), d_weight, d_bias
 
 
 def scale_and_shift_plain(input: Tensor, scale: Tensor, shift: Tensor | None, mean: Tensor) -> tuple[Tensor]:
@@ -280,7 +334,7 @@ class ScaleAndShift(torch.autograd.Function):
         if is_differentiated(grad):
             shift = stand_in(ctx.needs_input_grad[2], scale.shape, scale)
             return *differentiate(scale_and_shift_plain, (input, scale, shift), (mean,), grad), None
-        dims, _ = _channel_dims(input)
+        dims, _ = channel_dims(input)
         d_scale = (input.to(mean.dtype) - mean).mul_(grad).sum(dims)
         return (
             (grad * scale).to(input.dtype) if ctx.needs_input_grad[0] else None,

@@ -50,14 +50,8 @@ class _OwnForward(OptionalBias, _BatchNorm):
     @quiet_in_trace
     def _normalise(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # torch's, without hints
-        tracks = self.training and self.track_running_stats
-        # Counted before anything below can fail, because torch does.
-        if tracks and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-
-        mean, var = self.running_mean, self.running_var
-        if (mean is None) != (var is None):
-            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        self._count()  # before anything below can fail, because torch does
+        mean, var = self._running()
         if not self.training and mean is not None and var is not None:
             return functional.batch_norm_eval(input, mean, var, self.weight, self.bias, self.eps)
 
@@ -66,17 +60,35 @@ class _OwnForward(OptionalBias, _BatchNorm):
             raise ValueError(
                 f"Expected more than 1 value per channel when training, got input size {input.size()}"
             )
-        if tracks:
+        if self._tracks():
             check_operands(input, running_mean=mean, running_var=var)
         output, batch_mean, batch_var = functional.batch_norm_train(input, self.weight, self.bias, self.eps)
-        if tracks and mean is not None and var is not None:
-            factor: float | Tensor | None = self.momentum
-            if factor is None:
-                # 1 / count as a tensor, so that neither CUDA waits nor torch.compile breaks the graph here.
-                count = self.num_batches_tracked
-                factor = 0.0 if count is None else count.to(batch_mean.dtype).reciprocal()
-            functional.update_running_stats(mean, var, batch_mean, batch_var, n, factor)
+        self._track(batch_mean, batch_var, n)
         return output
+
+    def _tracks(self) -> bool:
+        return self.training and self.track_running_stats
+
+    def _running(self) -> tuple[Tensor | None, Tensor | None]:
+        mean, var = self.running_mean, self.running_var
+        if (mean is None) != (var is None):
+            raise ValueError("running_mean and running_var must either both be None or neither be None")
+        return mean, var
+
+    def _count(self) -> None:
+        if self._tracks() and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+
+    def _track(self, batch_mean: Tensor, batch_var: Tensor, n: int) -> None:
+        mean, var = self.running_mean, self.running_var
+        if not self._tracks() or mean is None or var is None:
+            return
+        factor: float | Tensor | None = self.momentum
+        if factor is None:
+            # 1 / count as a tensor, so that neither CUDA waits nor torch.compile breaks the graph here.
+            count = self.num_batches_tracked
+            factor = 0.0 if count is None else count.to(batch_mean.dtype).reciprocal()
+        functional.update_running_stats(mean, var, batch_mean, batch_var, n, factor)
 
 
 class BatchNorm1d(_OwnForward, torch.nn.BatchNorm1d):

@@ -14,6 +14,7 @@ from freezekit.nn import functional as own_functional
 from freezekit.nn.checks import check_rank
 from freezekit.nn.held import Held, held_class
 from freezekit.nn.kernels import compute_dtype
+from freezekit.nn.sync_batchnorm import SyncBatchNorm
 
 __all__ = [
     "FrozenBatchNorm1d",
@@ -226,6 +227,10 @@ class _FrozenOwnBatchNorm3d(FrozenBatchNorm3d):
     _own = True
 
 
+class _FrozenOwnSyncBatchNorm(FrozenSyncBatchNorm):
+    _own = True
+
+
 _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: FrozenBatchNorm1d,
     nn.BatchNorm2d: FrozenBatchNorm2d,
@@ -234,6 +239,7 @@ _FROZEN: dict[type[nn.Module], type[nn.Module]] = {
     own.BatchNorm1d: _FrozenOwnBatchNorm1d,
     own.BatchNorm2d: _FrozenOwnBatchNorm2d,
     own.BatchNorm3d: _FrozenOwnBatchNorm3d,
+    SyncBatchNorm: _FrozenOwnSyncBatchNorm,
 }
 
 

@@ -44,6 +44,7 @@ BN = {
 }
 ARGUMENTS: dict[str, dict[str, list[Any]]] = {
     **{f"{kind}Norm{rank}d": BN for kind in ("Batch", "Instance") for rank in (1, 2, 3)},
+    "SyncBatchNorm": BN,
     "LayerNorm": {"eps": [1e-5, 0.3], "elementwise_affine": [True, False], "bias": [True, False]},
     "GroupNorm": {"eps": [1e-5, 0.3], "affine": [True, False], "bias": [True, False]},
 }
@@ -67,7 +68,8 @@ def test_signature(name: str) -> None:
     theirs.setdefault("bias", (inspect.Parameter.KEYWORD_ONLY, True))  # older torch
     assert list(mine.items()) == list(theirs.items())
     assert set(ARGUMENTS[name]) == set(mine) - {
-        "num_features", "num_groups", "num_channels", "normalized_shape", "device", "dtype",
+        "num_features", "num_groups", "num_channels", "normalized_shape", "process_group", "device",
+        "dtype",
     }  # fmt: skip
 
 
@@ -78,7 +80,8 @@ def test_every_combination_of_arguments(name: str) -> None:
     for values in itertools.product(*options.values()):
         kwargs = dict(zip(options, values, strict=True))
         mine, theirs = Case(name, case.args, case.shape, kwargs).pair(dtype=torch.float64)
-        assert isinstance(mine, type(theirs))
+        # DDP refuses instances of torch's synchronised layer on the CPU.
+        assert isinstance(mine, nn.modules.batchnorm._BatchNorm if name == "SyncBatchNorm" else type(theirs))
         assert repr(mine) == repr(theirs)
         for step, training in enumerate((True, True, False)):
             got, expected = run(mine.train(training), x[step]), run(theirs.train(training), x[step])
@@ -457,6 +460,7 @@ EMPTY = [
     ("BatchNorm1d", (4,), (2, 4, 0)),
     ("BatchNorm2d", (4,), (0, 4, 2, 3)),
     ("BatchNorm3d", (4,), (2, 4, 1, 0, 3)),
+    *(("SyncBatchNorm", (4,), shape) for shape in ((0, 4), (2, 4, 1, 0))),
     *(("InstanceNorm1d", (4,), shape) for shape in ((0, 4, 3), (2, 4, 0), (4, 0))),
     *(("InstanceNorm2d", (4,), shape) for shape in ((0, 4, 3, 2), (2, 4, 0, 1))),
     ("InstanceNorm3d", (4,), (0, 4, 2, 2, 2)),
@@ -503,6 +507,7 @@ WRONG = [  # layer, arguments, shape of the input
     *(("BatchNorm1d", (4,), shape) for shape in ((4,), (2, 4, 3, 3), (1, 4), (1, 4, 1), (2, 5), (2, 3, 3))),
     *(("BatchNorm2d", (4,), shape) for shape in ((2, 4, 3), (2, 4, 3, 3, 3), (1, 4, 1, 1), (2, 5, 3, 3))),
     *(("BatchNorm3d", (4,), shape) for shape in ((2, 4, 3, 3), (1, 4, 1, 1, 1), (2, 1, 3, 3, 3))),
+    *(("SyncBatchNorm", (4,), shape) for shape in ((4,), (1, 4), (1, 4, 1, 1), (2, 5), (2, 0), (2, 1, 3))),
     *(
         ("InstanceNorm1d", (4,), shape)
         for shape in ((4,), (2, 4, 3, 3), (2, 4, 1), (4, 1), (2, 5, 3), (5, 3))
@@ -564,10 +569,13 @@ def tolerated(name: str, shape: tuple[int, ...], affine: bool, track: bool, trai
         return shape in ((2, 6), (2, 8, 3)) and not affine  # the channels are checked by the weight alone
     if name == "LayerNorm":
         return False
-    rank = int(name[-2])
     by_stats = track and not training
+    one_value = shape in ((1, 4), (1, 4, 1), (1, 4, 1, 1), (1, 4, 1, 1, 1))
+    if name == "SyncBatchNorm":
+        fits = len(shape) > 1 and shape[1] > 0 and (by_stats or not one_value)
+        return fits and (shape[1] == 4 or not (affine or track))
+    rank = int(name[-2])
     if "Batch" in name:
-        one_value = shape in ((1, 4), (1, 4, 1), (1, 4, 1, 1), (1, 4, 1, 1, 1))
         if len(shape) not in ((2, 3) if rank == 1 else (rank + 2,)) or (one_value and not by_stats):
             return False
         return shape[1] == 4 or not (affine or track)

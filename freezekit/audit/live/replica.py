@@ -31,6 +31,8 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )  # fmt: skip
+_NOBODY = torch.distributed.GroupMember.NON_GROUP_MEMBER if torch.distributed.is_available() else None
+"""A process group of which this process is no member: a layer that is given it talks to nobody."""
 _WRAPPERS = ("FullyShardedDataParallel", "DistributedDataParallel", "DataParallel")
 
 
@@ -69,6 +71,8 @@ class Replica:
                 hooks = part.__dict__.get(name)
                 if hooks:
                     memo[id(hooks)] = _own_hooks(hooks)
+            if "process_group" in part.__dict__:
+                memo[id(part.process_group)] = part.process_group  # it cannot be copied
             for parameter in part._parameters.values() if not shared else ():
                 memo.pop(id(parameter), None)
             _detach(part.__dict__, memo)
@@ -81,6 +85,8 @@ class Replica:
                 part.training = modes[path]
             if type(part) is nn.SyncBatchNorm:
                 part.__class__ = _LocalBatchNorm
+            elif _is_own_sync(part):
+                part.process_group = _NOBODY
         return made
 
     def writes(self, used: nn.Module) -> bool:
@@ -106,6 +112,14 @@ class _LocalBatchNorm(nn.SyncBatchNorm):
         pass
 
 
+def _is_own_sync(part: nn.Module) -> bool:
+    """Tell whether it is freezekit's own SyncBatchNorm, which this arm must not import."""
+    return (type(part).__module__, type(part).__qualname__) == (
+        "freezekit.nn.sync_batchnorm",
+        "SyncBatchNorm",
+    )
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Tell whether torch.compile was put on this very module."""
     return (
@@ -125,7 +139,8 @@ def _refuse(part: nn.Module) -> None:
         if hasattr(tensor, "device_mesh"):
             raise NotProbedError("spread over several processes")
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and part.training and "Sync" in kind and type(part) is not nn.SyncBatchNorm:
+    local = type(part) is nn.SyncBatchNorm or _is_own_sync(part)
+    if distributed and part.training and "Sync" in kind and not local:
         raise NotProbedError(f"holds a {kind} in train mode, which speaks to other processes")
     for name, held in vars(part).items():
         if isinstance(held, types.FunctionType) and _reaches_module(held):
