@@ -32,7 +32,8 @@ from freezekit.manifest import KEY
 __all__ = ["read_distributed"]
 
 #: of the entries that are no tensors, what is worth reading: how far training was, and freezekit's own texts
-_TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params", KEY, REPORT_KEY}
+_TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params"}
+_TOLD |= {KEY, REPORT_KEY, "manifest"}  # the last as the loop's hook has it
 #: bytes of all of them together, and how many there may be
 _MAX_TOLD_BYTES, _MAX_TOLD = 32 * 2**20, 2_000
 _MAX_NESTING = 20
@@ -214,8 +215,10 @@ class _Content:
                     )
             numel = prod(size)
             nbytes = numel * (itemsize or 0)
+            # where it starts tells it from all others, as no two items overlap
+            file, start = (chunks[0].place.file, chunks[0].place.offset) if chunks else (self.file, 0)
             self.assembled[fqn] = _Assembled(
-                self.file, fqn, 0, nbytes, shape=size, dtype=dtype, chunks=tuple(chunks)
+                file, fqn, start, nbytes, shape=size, dtype=dtype, chunks=tuple(chunks)
             )
             stride = tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
             yield fqn, TensorRef(StorageRef(fqn, dtype, numel, "cpu"), 0, size, stride, dtype)
