@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint, saved as people do it: audited as the gathered file is, and loaded."""
+"""Folders of torch.distributed.checkpoint are audited as the gathered file is."""
 
 from __future__ import annotations
 
@@ -186,9 +186,18 @@ def saved_by(rank: int, text: str) -> dict[str, Callable[[], dict[str, Any]]]:
         return {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
     return {
-        **{"ddp": ddp, "fsdp": fsdp, "app": app, "hook": hook, "stages": lambda: hook({5: "3"})},
-        **{"drifted": drifted, "flat": lambda: drifted(True), "alone": alone, "parts": parts},
-        **{"half": half, "columns": columns, "parallel": parallel},
+        "ddp": ddp,
+        "fsdp": fsdp,
+        "app": app,
+        "hook": hook,
+        "stages": lambda: hook({5: "3"}),
+        "drifted": drifted,
+        "flat": lambda: drifted(True),
+        "alone": alone,
+        "parts": parts,
+        "half": half,
+        "columns": columns,
+        "parallel": parallel,
     }
 
 
