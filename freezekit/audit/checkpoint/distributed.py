@@ -17,6 +17,7 @@ import numpy as np
 
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, beside, guarded, printable, sniff
+from freezekit.audit.checkpoint.folders import natural
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, StorageRef, TensorRef, describe
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, Unpickled, unpickle
@@ -40,6 +41,8 @@ _MAX_NESTING = 20
 #: axes along which one tensor may be cut; meshes have up to four
 _MAX_CUT = 6
 _AGAIN = "copy the folder again, or take the checkpoint before it"
+#: nanoseconds by which the clocks of those who write to a folder may differ
+_CLOCKS_APART = 10 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +139,7 @@ def read_distributed(
     pickled = Unpickled(_with_lists(nested), tuple(content.foreign), {})
     whole = SourceFile(content.file.path, path, content.file.identity)
     several = f"{len(names)} ranks wrote metadata of their own; of what several hold, the first one's is read"
-    notes = [several] * (len(names) > 1)
+    notes = [several] if len(names) > 1 else content.late()
     return make_table(
         whole, pickled, lambda storage: content.assembled[storage.key], lambda: notes, root, limits
     )
@@ -198,6 +201,17 @@ class _Content:
                         raise CheckpointError(what, remedy="save it without a serialization_format")
                     raise CheckpointError("damaged or hostile: items overlap", got=f"at {place.offset}")
             end[place.file.path] = place.offset + place.length
+
+    def late(self) -> list[str]:
+        """Say what was written after the metadata, which torch writes last: it may be of another save."""
+        written = self.file.identity[3] + _CLOCKS_APART
+        late = sorted((f.shown for f in self._files.values() if f.identity[3] > written), key=natural)
+        more = f" and {len(late) - 1} more are" if len(late) > 1 else " is"
+        said = (
+            "newer than .metadata, which is written last: the folder was copied so, or a save over it was"
+            " cut off and it is a mixture of two; save into a new folder each time"
+        )
+        return [f"{os.path.basename(late[0])}{more} {said}"] if late else []
 
     def values(self) -> Iterator[tuple[str, Any]]:
         """Go through the entries: tensors as descriptions, the others as far as they are worth reading."""
