@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint are audited as the gathered file is."""
+"""Folders of torch.distributed.checkpoint: audited as the gathered file is, and taken up on other ranks."""
 
 from __future__ import annotations
 
@@ -21,14 +21,22 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
+    set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from freezekit import Manifest, audit_checkpoint, freeze_backbone, restore_checkpoint, trainable_parameters
+from freezekit import (
+    Manifest,
+    audit_checkpoint,
+    freeze,
+    freeze_backbone,
+    restore_checkpoint,
+    trainable_parameters,
+)
 from freezekit.cli import main
 from freezekit.errors import CheckpointError
 from freezekit.hooks.loop import FreezeBackbone
@@ -297,3 +305,152 @@ def test_the_manifest_is_loaded_from_the_folder(saved: Path) -> None:
         assert Manifest.load(saved / "2" / name) == given
     with pytest.raises(CheckpointError, match="2/alone: a checkpoint that holds no manifest"):
         Manifest.load(saved / "2" / "alone")
+
+
+# -- saved, and loaded on other ranks
+
+
+def whole(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
+    """Return the model and what the optimizer keeps for it, unsharded."""
+    kept = {
+        f"{name}.{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    every = {**model.state_dict(), **kept}
+    return {n: t.full_tensor() if isinstance(t, DTensor) else t.clone() for n, t in every.items()}
+
+
+WRAPPED = {"plain": lambda model: model, "ddp": DistributedDataParallel, "fsdp": sharded}
+
+
+def going_on(rank: int, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Train through a stage, and save while training goes on."""
+    warnings.simplefilter("ignore")
+    found, beside = {}, dist.new_group(backend="gloo")  # or its collectives get mixed up with the training's
+    for kind in ("plain", "fsdp"):
+        model, hook = network(), FreezeBackbone(head="6", unfreeze={1: "3"})
+        hook.freeze(model)
+        hook.manifest()
+        model = WRAPPED[kind](model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        hook.start(optimizer)
+        for epoch in range(2):
+            hook.start_epoch(epoch)
+            train(model, optimizer, batch(0, 4, 3, 8, 8))
+        found[kind] = whole(model, optimizer)
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state, "freeze": hook}
+        saving = dcp.async_save(state, checkpoint_id=folder / kind, process_group=beside)
+        train(model, optimizer, batch(1, 4, 3, 8, 8))
+        saving.result()
+    return found
+
+
+def taken_up(rank: int, folder: Path, kind: str) -> tuple[dict[str, Tensor], list[str], str]:
+    """Load it as README says: what freezes first, then what is frozen and trained."""
+    warnings.simplefilter("ignore")
+    model, hook = network(), FreezeBackbone(head="6", unfreeze={1: "3"})
+    nn.init.zeros_(model[0].weight)
+    hook.freeze(model)
+    dcp.load({"freeze": hook}, checkpoint_id=folder)
+    inner = sharded(model) if kind == "fsdp" else model
+    optimizer = torch.optim.AdamW(model.parameters())
+    hook.start(optimizer)
+    wrapped = DistributedDataParallel(inner) if kind == "ddp" else inner
+    model_state, optimizer_state = get_state_dict(wrapped, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    parts = {"model_state_dict": model_state, "optim_state_dict": optimizer_state}
+    set_state_dict(wrapped, optimizer, **parts)
+    found = whole(model, optimizer)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if kind != "fsdp":
+        hook.verify()
+    train(wrapped, optimizer, batch(rank, 4, 3, 8, 8))
+    Manifest.load(folder).verify(unsharded(whole(model, optimizer)))
+    return found, trainable, str(hook.start_epoch(1) if kind != "fsdp" else [])
+
+
+def unsharded(state: dict[str, Tensor]) -> nn.Module:
+    model = network()
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model
+
+
+def naively(rank: int, folder: Path) -> str:
+    """Take all of it up at once, while what had been unfrozen is frozen still."""
+    warnings.simplefilter("ignore")
+    model, hook = network(), FreezeBackbone(head="6", unfreeze={1: "3"})
+    hook.freeze(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "freeze": hook}
+    dcp.load(state, checkpoint_id=folder)
+    hook.start(optimizer)
+    parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    try:
+        set_state_dict(model, optimizer, **parts)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="module")
+def gone_on(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+    folder = tmp_path_factory.mktemp("gone_on")
+    return folder, run(going_on, 2, folder)[0]
+
+
+@pytest.mark.parametrize(("world", "kind"), [(1, "plain"), (4, "ddp"), (3, "fsdp")])
+def test_a_run_is_taken_up_on_other_ranks(gone_on: Any, world: int, kind: str) -> None:
+    """Bit for bit: weights, statistics and momentum, the stage that it had reached, and what is frozen."""
+    folder, saved = gone_on
+    for how, good in saved.items():
+        assert {"3.weight.exp_avg", "6.bias.step"} < good.keys()
+        assert "0.weight.exp_avg" not in good
+        for found, trainable, newly in run(taken_up, world, folder / how, kind):
+            assert found.keys() == good.keys()
+            assert all(torch.equal(found[name], good[name]) for name in good)
+            assert trainable == ["3.weight", "3.bias", "6.weight", "6.bias"]
+            assert newly == "[]"
+
+
+def test_what_is_saved_while_training_goes_on_is_audited(gone_on: Any) -> None:
+    folder, _ = gone_on
+    frozen = [name for name in network().state_dict() if name[0] in "014"]
+    for how in "plain", "fsdp":
+        report = audit_checkpoint(folder / how)
+        assert (report.clean, report.scope, report.compared) == (True, INSIDE, len(frozen))
+        assert Manifest.load(folder / how).frozen == frozen
+
+
+def test_the_optimizer_is_asked_after_the_stages(gone_on: Any) -> None:
+    (said,) = run(naively, 1, gone_on[0] / "plain")
+    assert said.startswith("Missing optimizer state for parameter '3.weight' in checkpoint.")
+
+
+@pytest.mark.parametrize("parked", [True, False])
+def test_momentum_of_what_is_frozen_is_not_in_it(tmp_path: Path, parked: bool) -> None:
+    """torch saves that of the parameters in the optimizer, and loads that of what requires a gradient."""
+    runs = []
+    for _ in range(2):
+        model = tower()
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer, batch(0, 4, 8))
+        handle = freeze(model, "0", optimizer=optimizer if parked else None)
+        runs.append((model, optimizer, handle))
+    (model, optimizer, handle), (other, resumed, other_handle) = runs
+    train(model, optimizer, batch(1, 4, 8))
+    state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    assert ("0.weight" in state["optimizer"]["state"]) == (not parked)
+    dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    template = dict(zip(("model", "optimizer"), get_state_dict(other, resumed), strict=True))
+    dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
+    parts = {"model_state_dict": template["model"], "optim_state_dict": template["optimizer"]}
+    set_state_dict(other, resumed, **parts)
+    handle.undo()
+    other_handle.undo()
+    good, found = whole(model, optimizer), whole(other, resumed)
+    assert {name for name in good if name not in found or not torch.equal(good[name], found[name])} == (
+        set() if parked else {n for n in good if n.startswith("0.") and n.count(".") > 1}
+    )
