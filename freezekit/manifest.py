@@ -215,7 +215,8 @@ class Manifest:
         """Freeze in a model exactly what was frozen when the manifest was made, in the same way.
 
         To resume: build the model, load its state, then call this in place of ``freeze_backbone``. What had
-        been unfrozen by then trains on. Prefixes of wrappers (``module.``, ``_orig_mod.``) do not matter.
+        been unfrozen by then trains on. Prefixes of wrappers (``module.``, ``_orig_mod.``) do not matter, nor
+        does how the model is sharded, or was; of a sharded one every rank has to call it.
 
         Args:
             model: the model, its state loaded.
@@ -244,6 +245,8 @@ class Manifest:
 
     def verify(self, model: nn.Module) -> None:
         """Check that a model has the values that were frozen, whether it is frozen or not.
+
+        Of a sharded model every rank has to call it, as each tensor is gathered for its digest.
 
         Args:
             model: the model; prefixes of wrappers and buffers that are in no ``state_dict()`` do not matter.

@@ -11,6 +11,7 @@ from torch import nn
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding, optim
 from freezekit.freezing.discovery import select_backbone
+from freezekit.freezing.distributed import changes_told, reshard
 from freezekit.freezing.folding import make_plan
 from freezekit.freezing.groups import warn_of_orphans
 from freezekit.freezing.handle import Choices, Freeze
@@ -146,6 +147,7 @@ def _freeze(
             got="a model wrapped already",
             remedy="freeze the model first, then wrap it",
         )
+    reshard(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     tensors = list(tensors_of(model))
     chosen = set(select(names, names_of(model), where="names"))
@@ -186,20 +188,21 @@ def _freeze(
         optimizers,
     )
     try:
-        for owner, own in frozen:
-            holding.note_tensor(owner, own, handle._holder)
-        for owner, own in frozen:
-            holding.stop_gradient(owner, own)
-        for module in held.values():
-            holding.hold_module(module, handle._holder)
-        for owner, own in frozen:
-            if own in owner._buffers and id(owner) not in held:
-                holding.pin_buffers(owner)
-        if plan is not None:
-            plan.carry_out(norms)
-        for each in optimizers:
-            optim.park(each, [t for *_, t in tensors if id(t) in tied])
-        warn_of_orphans(model, optimizers, stacklevel=stacklevel)
+        with changes_told(model):
+            for owner, own in frozen:
+                holding.note_tensor(owner, own, handle._holder)
+            for owner, own in frozen:
+                holding.stop_gradient(owner, own)
+            for module in held.values():
+                holding.hold_module(module, handle._holder)
+            for owner, own in frozen:
+                if own in owner._buffers and id(owner) not in held:
+                    holding.pin_buffers(owner)
+            if plan is not None:
+                plan.carry_out(norms)
+            for each in optimizers:
+                optim.park(each, [t for *_, t in tensors if id(t) in tied])
+            warn_of_orphans(model, optimizers, stacklevel=stacklevel)
     except BaseException:
         handle.undo()  # all or nothing
         raise

@@ -10,6 +10,7 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import holding, optim
+from freezekit.freezing.distributed import changes_told
 from freezekit.freezing.folding import describe
 from freezekit.freezing.groups import orphans_of
 from freezekit.freezing.release import release_all, unfreeze
@@ -107,6 +108,9 @@ class Freeze:
     def manifest(self) -> Manifest:
         """Return what this freeze holds now, with a digest of every tensor, to be saved with a checkpoint.
 
+        Of a sharded model every rank has to call it, as each tensor is gathered for its digest: all get the
+        manifest that the model in one piece has.
+
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
         >>> from freezekit import freeze
         >>> print(freeze(model, ["0", "1"]).manifest())
@@ -126,7 +130,8 @@ class Freeze:
         Raises:
             FreezekitError: the class of a layer was changed meanwhile; nothing is undone then.
         """
-        release_all(self.model, {self._holder}, adopt_mode=False)
+        with changes_told(self.model):
+            release_all(self.model, {self._holder}, adopt_mode=False)
 
     def unfreeze(
         self, patterns: str | Iterable[str] = "*", *, optimizer: Any = None, lr: float | None = None

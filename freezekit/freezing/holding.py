@@ -31,6 +31,7 @@ __all__ = [
     "is_batchnorm",
     "is_held",
     "is_pinned",
+    "is_sharded",
     "kernel_of",
     "live_class",
     "make_affine",
@@ -121,7 +122,7 @@ def hold_module(module: nn.Module, holder: str) -> None:
         before = record.holders
         record.holders = before | {holder} if before else _only(holder)
         try:
-            _swap_from(record.origin or type(module), module, record)
+            _swap_from(record.origin or _bare_class(module), module, record)
         except FreezekitError:
             record.holders = before
             _forget_if_empty(module, record)
@@ -144,8 +145,47 @@ def _swap_from(origin: type[nn.Module], module: nn.Module, record: _Record) -> N
 
 
 def _give_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if _has_front(present := type(module)):
+        cls = _with_front(present, cls)
     # Not by a __setattr__ of the module's own, which may hand everything on to a module inside.
     object.__setattr__(module, "__class__", cls)
+
+
+_fronted: dict[tuple[type, type[nn.Module]], type[nn.Module]] = {}
+
+
+def _has_front(cls: type) -> bool:
+    """Tell whether torch.distributed made a module's class, as ``fully_shard`` makes ``FSDPX`` of X."""
+    bases = cls.__bases__
+    return (
+        len(bases) == 2
+        and bases[0].__module__.startswith("torch.distributed.")
+        and issubclass(bases[1], nn.Module)
+        and not issubclass(bases[0], nn.Module)
+    )
+
+
+def _with_front(like: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that torch.distributed would have made of ``base`` where it made ``like``."""
+    front, of = like.__bases__
+    if "_freezekit_front" not in like.__dict__:
+        _fronted[front, of] = like  # torch's own, for undo() to find
+    if (front, base) not in _fronted:
+        own = {key: value for key, value in like.__dict__.items() if key not in ("__dict__", "__weakref__")}
+        name = like.__name__.removesuffix(of.__name__) + base.__name__
+        _fronted[front, base] = type(name, (front, base), own | {"_freezekit_front": front})
+    return _fronted[front, base]
+
+
+def _bare_class(module: nn.Module) -> type[nn.Module]:
+    """Return the module's class, without what torch.distributed put in front of it, which stays in place."""
+    cls = type(module)
+    return cls.__bases__[1] if _has_front(cls) else cls
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` was applied to the module itself."""
+    return _has_front(type(module)) and hasattr(module, "reshard")
 
 
 def pin_buffers(module: nn.Module) -> None:
@@ -155,7 +195,7 @@ def pin_buffers(module: nn.Module) -> None:
     if names and not isinstance(module, GraphModule):
         module.__dict__[PINNED] = names
         try:
-            _swap_from(record.origin or type(module), module, record)
+            _swap_from(record.origin or _bare_class(module), module, record)
         except FreezekitError:
             del module.__dict__[PINNED]
             raise
@@ -166,7 +206,7 @@ def pin_buffers(module: nn.Module) -> None:
 def live_class(module: nn.Module) -> type[nn.Module]:
     """Return the class the module has when it is neither held nor folded."""
     record: _Record | None = module.__dict__.get(_KEY)
-    return type(module) if record is None or record.origin is None else record.origin
+    return _bare_class(module) if record is None or record.origin is None else record.origin
 
 
 def is_batchnorm(module: nn.Module) -> bool:
@@ -186,7 +226,7 @@ def fold(layer: nn.Module, norm: nn.Module) -> None:
     """Fold an affine BN into the layer before it, until the BN is released."""
     for module in (layer, norm):
         record = _record(module)
-        record.origin = record.origin or type(module)
+        record.origin = record.origin or _bare_class(module)
     pair = Pair(FOLDABLE[live_class(layer)])
     for module in (layer, norm):
         module.__dict__[PAIR] = pair
@@ -227,7 +267,7 @@ def check_release(module: nn.Module, name: str) -> None:
         if changed is None or record is None or record.origin is None:
             continue
         expected = _swapped_class(changed, record.origin, record)
-        if type(changed) is not expected:
+        if _bare_class(changed) is not expected:
             raise FreezekitError(
                 "the class of this layer was changed while it was frozen, so it cannot be unfrozen",
                 where=name if changed is module else f"the layer that {name} is folded into",

@@ -10,6 +10,7 @@ from torch import nn
 from freezekit.errors import SelectionError
 from freezekit.freezing import holding, optim
 from freezekit.freezing.discovery import select_backbone
+from freezekit.freezing.distributed import changes_told
 from freezekit.freezing.freeze import _freeze
 from freezekit.freezing.groups import check_number
 from freezekit.freezing.handle import Choices, Freeze
@@ -155,7 +156,8 @@ def freeze_to(
     else:
         handle = Freeze(model, BORDER, selection, (), choices, optimizers=optim.check_optimizers(optimizer))
     try:
-        release_all(model, before, adopt_mode=True)
+        with changes_told(model):
+            release_all(model, before, adopt_mode=True)
     except BaseException:
         handle.undo()
         raise

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from freezekit import __version__
 from freezekit.errors import FreezekitError
 from freezekit.freezing import holding
+from freezekit.freezing.distributed import full, reshard
 from freezekit.freezing.freeze import _freeze
 from freezekit.freezing.groups import warn_of_orphans
 from freezekit.freezing.handle import Choices, Freeze
@@ -28,6 +29,7 @@ __all__ = ["make_manifest", "restore", "verify"]
 def make_manifest(handle: Freeze) -> Manifest:
     """Describe what a freeze holds now; one tensor at a time is copied, and only where it has to be."""
     model, selection = handle.model, handle.selection
+    reshard(model)
     first: dict[int, FrozenTensor] = {}
     tensors = []
     for name, owner, own, tensor in tensors_of(model):
@@ -65,12 +67,14 @@ def make_manifest(handle: Freeze) -> Manifest:
 def verify(manifest: Manifest, model: nn.Module) -> None:
     """As :meth:`freezekit.Manifest.verify`."""
     require_module(model)
+    reshard(model)
     _Place(manifest, model).compare_values("give the model the dtype it had then", "verifying", "")
 
 
 def restore(manifest: Manifest, model: nn.Module, optimizer: Any, *, strict: bool) -> Freeze:
     """As :meth:`freezekit.Manifest.restore`."""
     require_module(model)
+    reshard(model)
     place = _Place(manifest, model)
     place.refuse_frozen_already()
     if strict:
@@ -265,6 +269,7 @@ def _dtype(tensor: Tensor) -> str:
 
 def _digest(tensor: Tensor) -> tuple[str | None, str | None]:
     """Return the SHA-256 of the values as little-endian, C-contiguous bytes, or why there is none."""
+    tensor = full(tensor)
     reason = _without_bytes(tensor)
     if reason is not None:
         return None, reason

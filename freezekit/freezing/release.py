@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from freezekit.errors import FreezekitError, SelectionError
 from freezekit.freezing import holding, optim
+from freezekit.freezing.distributed import changes_told, reshard
 from freezekit.freezing.groups import check_number, extend, new_group, outsiders
 from freezekit.freezing.selection import names_of, require_module, tensors_of
 from freezekit.patterns import select
@@ -28,8 +29,9 @@ def unfreeze(
     They get back the ``requires_grad`` they had before, and the mode that was last asked of the model. What
     ``optimizer=`` took out of an optimizer at the freeze goes back to its place there, with its state.
 
-    ``DistributedDataParallel`` learns what to synchronise when it wraps the model: what is unfrozen later
-    trains on each rank by itself, and this function cannot see the wrapper. Unfreeze first, then wrap anew.
+    ``DistributedDataParallel`` learns what to synchronise when it wraps the model. One that was there before
+    raises at its next forward pass, unless without gradients: wrap the model anew, on every rank. With
+    ``fully_shard`` there is nothing to do.
 
     Args:
         model: the model.
@@ -56,9 +58,11 @@ def unfreeze(
     require_module(model)
     optimizer = optim.check_optimizer(optimizer)
     patterns = list(patterns) if isinstance(patterns, Iterator) else patterns  # read twice below
+    reshard(model)
     new = _newcomers(model, patterns, optimizer, lr)
     group = new_group(optimizer, lr) if new else None
-    _release(model, patterns)
+    with changes_told(model):
+        _release(model, patterns)
     if group is not None:
         extend(group, [(name, parameter) for name, parameter in new if parameter.requires_grad])
         if group["params"]:

@@ -44,7 +44,8 @@ class UnfreezeSchedule:
     the schedule's state (or call ``step`` with the epoch reached), and only then the optimizer's. Freeze all
     that was frozen at first: ``Manifest.restore`` leaves out what an earlier stage has unfrozen.
 
-    With ``DistributedDataParallel`` unfreeze before wrapping: see :func:`unfreeze`.
+    With ``DistributedDataParallel`` wrap the model anew whenever ``step`` has returned names: see
+    :func:`unfreeze`. With ``fully_shard`` make the optimizer and the schedule after sharding.
 
     Args:
         model: the model, with something frozen.

@@ -163,7 +163,9 @@ class FreezeBackbone:
             raise FreezekitError(fault, where="start_epoch", remedy=fix)
         self.verify()
         self.manifest()  # has the digests of now, so that the first epoch's drift is found too
-        return self._advance(epoch)
+        names = self._advance(epoch)
+        self.manifest()  # on every rank, as it gathers shards; state_dict() may be for the first alone
+        return names
 
     def verify(self) -> None:
         """Check in a resumed run, whose model is loaded by now, what was frozen; later calls do nothing.
@@ -212,9 +214,8 @@ class FreezeBackbone:
     def manifest(self) -> Manifest:
         """Return what is frozen now, each tensor with the digest it had when this was first called."""
         if self.handle is None:
-            raise FreezekitError(
-                "nothing is frozen yet", where="manifest", remedy="call .freeze(model) first"
-            )
+            fix = "call .freeze(model) first"
+            raise FreezekitError("nothing is frozen yet", where="manifest", remedy=fix)
         if self._made is None:
             self._made = self.handle.manifest()
         elif self._made.frozen != self.handle.frozen:

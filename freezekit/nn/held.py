@@ -135,6 +135,8 @@ class _MadeMeta(type):
     """
 
     def mro(cls) -> list[type]:
+        if _Made not in cls.__bases__:  # made of one that is held, by fully_shard for one
+            return super().mro()
         found = super().mro()[1:]
         first = [ancestor for ancestor in found if ancestor is _Made or ancestor in _MIXINS]
         rest = [ancestor for ancestor in found if ancestor not in first]
