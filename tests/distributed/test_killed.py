@@ -86,11 +86,9 @@ class Run:
         }
 
 
-def verified(manifest: Manifest, whole: dict[str, Tensor]) -> str:
-    model = network(9)
-    model.load_state_dict({name: whole[name] for name in model.state_dict()})
+def verified(run: Run) -> str:
     try:
-        manifest.verify(model)
+        run.manifest.verify(run.model)
     except FreezekitError as error:
         return error.what
     return "verified"
@@ -172,8 +170,7 @@ def resuming(rank: int, folders: list[Path]) -> list[tuple[str, dict[str, Tensor
         run = Run(seed=2)
         last = max(path.parent for path in folder.glob("run/step-*/.metadata"))
         run.load(last)
-        whole = run.whole()
-        found.append((last.name, whole, verified(run.manifest, whole)))
+        found.append((last.name, run.whole(), verified(run)))
         run.step()
     return found
 
@@ -183,7 +180,7 @@ def loading(rank: int, folder: Path) -> tuple[dict[str, Tensor], str]:
     warnings.simplefilter("ignore")
     run = Run(seed=2)
     run.load(folder)
-    return run.whole(), verified(run.manifest, run.whole())
+    return run.whole(), verified(run)
 
 
 CASES = [(moment, NEW) for moment in MOMENTS] + [
