@@ -164,16 +164,22 @@ def finetune(
     test: TensorDataset,
     steps: int | None,
 ) -> list[dict[str, Any]]:
-    """Train a head, save, resume, unfreeze the last convolution, train on and save; return what came of each."""
+    """Train a head, save, resume, unfreeze one convolution, train on, save; return what came of each."""
     device, run = data.tensors[0].device, folder / way
     found: list[dict[str, Any]] = []
 
     def look(what: str, frozen: set[str]) -> None:
         after = whole(model.state_dict())
-        differ = {name for name in frozen if not torch.equal(after[name], base[name])}
-        found.append({"what": what, "after": after, "frozen": frozen, "differ": differ})
-        found[-1]["momentum"] = momentum(optimizer)
-        found[-1]["accuracy"] = accuracy(model, *test.tensors)
+        found.append(
+            {
+                "what": what,
+                "frozen": frozen,
+                "after": after,
+                "differ": {name for name in frozen if not torch.equal(after[name], base[name])},
+                "momentum": momentum(optimizer),
+                "accuracy": accuracy(model, *test.tensors),
+            }
+        )
 
     backbone = {name for name in base if name.startswith("backbone.")}
     model, optimizer, manifest = begin(way, base, device)
