@@ -199,8 +199,9 @@ class Manifest:
         """Read the manifest from its file, or from a checkpoint that holds one; nothing in it is executed.
 
         Args:
-            path: what :meth:`save` wrote, or a ``.pt``, ``.pth`` or ``.safetensors`` file with the text of a
-                manifest under ``"freezekit_manifest"`` (safetensors: in its metadata).
+            path: what :meth:`save` wrote, or a ``.pt``, ``.pth`` or ``.safetensors`` file or a folder of
+                ``torch.distributed.checkpoint`` with the text of a manifest under ``"freezekit_manifest"``
+                (safetensors: in its metadata).
 
         Raises:
             CheckpointError: it is missing, damaged or hostile, holds no manifest, or one of a newer format.

@@ -44,17 +44,8 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
     """As :meth:`freezekit.Manifest.load`."""
     source = os.fsdecode(path)
     with guarded(printable(source, 1000)):
-        file = SourceFile.at(source)
-        with file.open() as stream:
-            text = json_text(file, stream, READER)
-            if text is not None:
-                return Manifest.from_json(text)
-            if sniff(file, stream) == "unknown":
-                raise CheckpointError(
-                    "neither a manifest nor a checkpoint, which could hold one",
-                    got=f"a file that starts with {stream.read(8)!r}",
-                    remedy="give what handle.manifest().save(path) wrote",
-                )
+        if not os.path.isdir(source) and (text := _text_of(source)) is not None:
+            return Manifest.from_json(text)
     manifest = manifest_of(read_checkpoint(source))
     if manifest is None:
         raise CheckpointError(
@@ -64,6 +55,20 @@ def load_manifest(path: str | os.PathLike[str]) -> Manifest:
             "handle.manifest().to_json() in it",
         )
     return manifest
+
+
+def _text_of(path: str) -> str | None:
+    """Return the JSON that a file is, or ``None`` for a checkpoint."""
+    file = SourceFile.at(path)
+    with file.open() as stream:
+        text = json_text(file, stream, READER)
+        if text is None and sniff(file, stream) == "unknown":
+            raise CheckpointError(
+                "neither a manifest nor a checkpoint, which could hold one",
+                got=f"a file that starts with {stream.read(8)!r}",
+                remedy="give what handle.manifest().save(path) wrote",
+            )
+    return text
 
 
 def manifest_of(table: StateTable) -> Manifest | None:

@@ -358,11 +358,25 @@ def test_a_digest_is_the_same_of_a_model_and_of_its_file(tmp_path: Path, form: s
     assert report.notes == ()
 
 
-def test_a_manifest_within_the_state_dict_is_not_passed_over_silently(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["beside", "inside", "around"])
+def test_where_the_manifest_may_be(tmp_path: Path, place: str) -> None:
     state, manifest = little()
-    path = save({"state_dict": {**state, "freezekit_manifest": manifest.to_json()}}, tmp_path / "a.pth")
-    report = audit_checkpoint(path)
-    assert report.notes == ("skipped entries that are not tensors: freezekit_manifest",)
+    text = {"freezekit_manifest": manifest.to_json()}
+    beside, inside = {"model": state, **text}, {"model": {**state, **text}}
+    saved = {
+        "beside": {"app": beside},
+        "inside": {"app": inside},
+        "around": {"app": {"model": state}, **text},
+    }
+    report = audit_checkpoint(save(saved[place], tmp_path / "a.pth"))
+    assert (report.scope, report.notes) == ("as the manifest inside it says", ())
+
+
+def test_a_manifest_beside_another_state_is_not_used(tmp_path: Path) -> None:
+    state, manifest = little()
+    saved = {"a": {"model": state}, "b": {"model": {**state}, "freezekit_manifest": manifest.to_json()}}
+    scopes = [audit_checkpoint(save(saved, tmp_path / "a.pth"), root=f"{key}.model").scope for key in "ab"]
+    assert scopes == ["statistics only", "as the manifest inside it says"]
 
 
 def test_what_cannot_be_read_does_not_pass(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from freezekit.audit.checkpoint.archive import Archive
 from freezekit.audit.checkpoint.container import SourceFile, beside, guarded, printable, sniff
+from freezekit.audit.checkpoint.folders import natural
 from freezekit.audit.checkpoint.inert import GlobalRef, Key, Opaque, StorageRef, TensorRef, describe
 from freezekit.audit.checkpoint.limits import Limits
 from freezekit.audit.checkpoint.pickle_machine import LimitedReader, Unpickled, unpickle
@@ -32,13 +33,16 @@ from freezekit.manifest import KEY
 __all__ = ["read_distributed"]
 
 #: of the entries that are no tensors, what is worth reading: how far training was, and freezekit's own texts
-_TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params", KEY, REPORT_KEY}
+_TOLD = {"step", "epoch", "global_step", "current_epoch", "iteration", "iter", "params"}
+_TOLD |= {KEY, REPORT_KEY, "manifest"}  # the last as the loop's hook has it
 #: bytes of all of them together, and how many there may be
 _MAX_TOLD_BYTES, _MAX_TOLD = 32 * 2**20, 2_000
 _MAX_NESTING = 20
 #: axes along which one tensor may be cut; meshes have up to four
 _MAX_CUT = 6
 _AGAIN = "copy the folder again, or take the checkpoint before it"
+#: nanoseconds by which the clocks of those who write to a folder may differ
+_CLOCKS_APART = 10 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +139,7 @@ def read_distributed(
     pickled = Unpickled(_with_lists(nested), tuple(content.foreign), {})
     whole = SourceFile(content.file.path, path, content.file.identity)
     several = f"{len(names)} ranks wrote metadata of their own; of what several hold, the first one's is read"
-    notes = [several] * (len(names) > 1)
+    notes = [several] if len(names) > 1 else content.late()
     return make_table(
         whole, pickled, lambda storage: content.assembled[storage.key], lambda: notes, root, limits
     )
@@ -198,6 +202,17 @@ class _Content:
                     raise CheckpointError("damaged or hostile: items overlap", got=f"at {place.offset}")
             end[place.file.path] = place.offset + place.length
 
+    def late(self) -> list[str]:
+        """Say what was written after the metadata, which torch writes last: it may be of another save."""
+        written = self.file.identity[3] + _CLOCKS_APART
+        late = sorted((f.shown for f in self._files.values() if f.identity[3] > written), key=natural)
+        more = f" and {len(late) - 1} more are" if len(late) > 1 else " is"
+        said = (
+            "newer than .metadata, which is written last: the folder was copied so, or a save over it was"
+            " cut off and it is a mixture of two; save into a new folder each time"
+        )
+        return [f"{os.path.basename(late[0])}{more} {said}"] if late else []
+
     def values(self) -> Iterator[tuple[str, Any]]:
         """Go through the entries: tensors as descriptions, the others as far as they are worth reading."""
         for fqn, (dtype, size, boxes) in self._tensors.items():
@@ -214,8 +229,10 @@ class _Content:
                     )
             numel = prod(size)
             nbytes = numel * (itemsize or 0)
+            # where it starts tells it from all others, as no two items overlap
+            file, start = (chunks[0].place.file, chunks[0].place.offset) if chunks else (self.file, 0)
             self.assembled[fqn] = _Assembled(
-                self.file, fqn, 0, nbytes, shape=size, dtype=dtype, chunks=tuple(chunks)
+                file, fqn, start, nbytes, shape=size, dtype=dtype, chunks=tuple(chunks)
             )
             stride = tuple(prod(size[axis + 1 :]) for axis in range(len(size)))
             yield fqn, TensorRef(StorageRef(fqn, dtype, numel, "cpu"), 0, size, stride, dtype)

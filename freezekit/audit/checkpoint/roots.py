@@ -150,16 +150,26 @@ def find_state(root: object, wanted: str | None = None, limits: Limits = Limits.
     return best
 
 
-def find_texts(root: object) -> tuple[str | None, str | None, list[str]]:
+def find_texts(root: object, path: str = "") -> tuple[str | None, str | None, list[str]]:
     """Return the texts of the manifest and of the report beside the state dict, and notes.
 
     A manifest may also be in the state of a hook. A note tells of something else in the place of either.
+
+    Args:
+        root: the inert object.
+        path: where in it the state dict is. What is around that is looked at, from the top inwards.
     """
-    mapping = as_mapping(root) or {}
-    found = {key: mapping.get(key) for key in _TEXTS}
-    if found[KEY] is None:
+    found: dict[str, object] = dict.fromkeys(_TEXTS)
+    mapping = as_mapping(root)
+    for part in (*path.partition(":")[0].split("."), ""):
+        if mapping is None:
+            break
+        for key in _TEXTS:
+            found[key] = mapping.get(key) if found[key] is None else found[key]
         states = [v for v in mapping.values() if isinstance(v, dict) and v.keys() == _OF_A_HOOK]
-        found[KEY] = states[0]["manifest"] if len(states) == 1 else None
+        if found[KEY] is None and len(states) == 1:
+            found[KEY] = states[0]["manifest"]
+        mapping = as_mapping(mapping.get(part))
     notes = [
         f"its '{key}' is not text, and was not used: save {_TEXTS[key]}.to_json() there"
         for key, value in found.items()
@@ -288,7 +298,7 @@ def _mapping_state(mapping: dict[Any, Any], path: str, limits: Limits) -> State:
         if isinstance(key, str):
             if tensor is not None:
                 state.tensors[key] = tensor
-            elif key not in _TEXTS or path:  # at the top it is read, by itself
+            elif key not in _TEXTS:  # which are read by themselves
                 state.skipped.append(key)
         elif tensor is None:
             state.skipped.append(f"<{type(key).__name__}>")

@@ -49,7 +49,7 @@ def make_table(
     check_amount(tensors, file)
     if pickled.foreign:
         notes.append(_foreign_note(pickled.foreign))
-    manifest, report, said = find_texts(pickled.root)
+    manifest, report, said = find_texts(pickled.root, state.path)
     training, untold = find_training(
         pickled.root, lambda name, ref: make_tensor(name, ref, find, file, "attribute")
     )

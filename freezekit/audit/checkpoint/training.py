@@ -120,7 +120,7 @@ def _holds_groups(value: object) -> bool:
 
 def _optimizer(path: str, value: object, make: Make, room: _Room) -> OptimizerState | str:
     """Describe one optimizer's state, or say why it is none that torch's optimizers write."""
-    mapping = as_mapping(value)
+    mapping = _nested(as_mapping(value))
     groups = None if mapping is None else mapping.get("param_groups")
     if mapping is None or not isinstance(groups, list) or not groups:
         return f"{describe(value)}, not what torch's optimizers write"
@@ -157,6 +157,24 @@ def _optimizer(path: str, value: object, make: Make, room: _Room) -> OptimizerSt
         elif type(step) is int and _is_count(step):
             steps[key] = step
     return OptimizerState(path, tuple(keys), names, shapes, steps)
+
+
+def _nested(mapping: dict[Any, Any] | None) -> dict[Any, Any] | None:
+    """Undo torch's ``flatten_optimizer_state_dict``: ``"state.NAME.step"``, ``"param_groups.NAME.lr"``."""
+    state: dict[str, dict[str, Any]] = {}
+    held: dict[str, None] = {}
+    for key, value in (mapping or {}).items():
+        kind, _, rest = key.partition(".") if isinstance(key, str) else ("", "", "")
+        name, _, last = rest.rpartition(".")
+        if kind == "state" and name:
+            state.setdefault(name, {})[last] = value
+        elif kind == "param_groups" and name:
+            held[name] = None
+        else:
+            return mapping
+    if not held or state.keys() - held.keys():  # what is nested deeper has other names
+        return mapping
+    return {"state": state, "param_groups": [{"params": list(held)}]}
 
 
 def _is_count(value: object) -> bool:

@@ -390,6 +390,20 @@ def test_half_written(tmp_path):
         read_checkpoint(tmp_path / "a")
 
 
+def test_shards_newer_than_the_metadata(tmp_path):
+    """As a save over another leaves them; who copied the folder may have left it so too."""
+    write(tmp_path / "a", good())
+    shard, metadata = tmp_path / "a" / "__0_0.distcp", tmp_path / "a" / ".metadata"
+    for later, notes in (0, 0), (9, 0), (11, 1), (-1000, 0):
+        os.utime(metadata, (1_700_000_000, 1_700_000_000))
+        os.utime(shard, (1_700_000_000 + later, 1_700_000_000 + later))
+        table = read_checkpoint(tmp_path / "a")
+        assert len(table.notes) == notes
+    os.utime(shard, (1_800_000_000, 1_800_000_000))
+    (said,) = read_checkpoint(tmp_path / "a").notes
+    assert said.startswith("__0_0.distcp is newer than .metadata, which is written last: ")
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x04", b"not a pickle", b"\x80\x04N.", b"\x80\x04}.", b"{}"])
 def test_metadata_that_is_something_else(tmp_path, content):
     write(tmp_path / "a", good())

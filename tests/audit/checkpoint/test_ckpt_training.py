@@ -218,3 +218,36 @@ def test_a_damaged_step_is_told_when_it_is_read(tmp_path):
     (state,) = table.training.optimizers
     with pytest.raises(CheckpointError, match=r"checksum of storage \d+ \(tensor optimizer.state.2.step\)"):
         state.steps[2].values()
+
+
+def flat(optimizer, names):
+    """As torch's ``StateDictOptions(flatten_optimizer_state_dict=True)`` has it."""
+    state, made = optimizer.state_dict(), {}
+    for k, entry in state["state"].items():
+        made |= {f"state.{names[k]}.{key}": value for key, value in entry.items()}
+    for group in state["param_groups"]:
+        held = [names[k] for k in group["params"]]
+        made |= {f"param_groups.{name}.{key}": group[key] for name in held for key in ("lr", "eps")}
+    return made
+
+
+def test_a_flat_state(tmp_path):
+    model, optimizer = trained()
+    saved = {"model": model.state_dict(), "optimizer": flat(optimizer, ["0.weight", "0.bias", "1.weight"])}
+    table = read(saved, tmp_path / "a")
+    (state,) = table.training.optimizers
+    assert state.path == "optimizer"
+    assert state.groups == (("0.weight", "0.bias", "1.weight"),)
+    assert state.shapes == {"1.weight": (2, 4)}
+    assert {key: step_of(step) for key, step in state.steps.items()} == {"1.weight": 3}
+    assert table.notes == ()
+
+
+@pytest.mark.parametrize("key", ["state.1.weight.0.exp_avg", "more", "state.1", 7])
+def test_a_flat_state_that_is_not_understood(key, tmp_path):
+    model, optimizer = trained()
+    saved = {"model": model.state_dict(), "optimizer": flat(optimizer, ["0.weight", "0.bias", "1.weight"])}
+    saved["optimizer"][key] = torch.zeros(2)
+    table = read(saved, tmp_path / "a")
+    assert table.training.optimizers == ()
+    assert "the optimizer state at 'optimizer' was left out" in table.notes[0]
