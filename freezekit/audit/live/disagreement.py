@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -67,8 +67,9 @@ class _Odd(NamedTuple):
     code: str
     ranks: tuple[int, ...]
     text: str
-    cause: Cause | None = None
-    fix: str = ""
+    fix: str
+    kind: str = ""
+    """Of the cause."""
 
 
 def disagreements(tables: Sequence[Table]) -> list[Finding]:
@@ -85,18 +86,31 @@ def disagreements(tables: Sequence[Table]) -> list[Finding]:
     step = max(table.step for table in tables)
     found = [*_steps(tables), *_modes(tables)]
     odd: dict[_Odd, list[str]] = defaultdict(list)
+    causes: dict[str, Cause] = {}
     names = dict.fromkeys(name for table in tables for name in table.rows)
     for name in names:
         rows = {rank: table.rows[name] for rank, table in enumerate(tables) if name in table.rows}
-        for one in _of_tensor(rows, len(tables)):
+        for one, cause in _of_tensor(rows, len(tables)):
             odd[one].append(name)
+            if cause is not None:
+                causes.setdefault(name, cause)
     for one, those in odd.items():
-        for name, group in grouped(those, names).items():
+        for name, group in _by_layer(grouped(those, names)).items():
             words = _ONE if len(group) == 1 else _MANY
             what = "" if group == [name] else f"{plural(len(group), 'tensor')} ({_listed(group)}) "
-            text = what + one.text.format(**words)
-            found.append(Finding(one.code, name, text, one.fix, step, one.cause, one.ranks))
+            text, cause = what + one.text.format(**words), causes.get(group[0]) if one.kind else None
+            found.append(Finding(one.code, name, text, one.fix, step, cause, one.ranks))
     return [*found, *_told_elsewhere(tables, found, step)]
+
+
+def _by_layer(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Join single tensors of one layer under its name."""
+    found: dict[str, list[str]] = defaultdict(list)
+    alone = [name.rpartition(".")[0] for name, group in groups.items() if group == [name]]
+    for name, group in groups.items():
+        layer = name.rpartition(".")[0]
+        found[layer if group == [name] and layer and alone.count(layer) > 1 else name] += group
+    return found
 
 
 def on_ranks(ranks: Iterable[int], world: int) -> str:
@@ -176,34 +190,40 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _of_tensor(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
+def _of_tensor(rows: dict[int, Row], world: int) -> Iterator[tuple[_Odd, Cause | None]]:
     """Yield what is odd about one tensor."""
-    absent = tuple(rank for rank in range(world) if rank not in rows)
     fix = "build and freeze the model in the same way on every rank"
-    if absent:
-        if any(row.trait for row in rows.values()):
-            have = on_ranks(rows, world)
-            yield _Odd("FK504", absent if len(absent) * 2 <= world else tuple(rows),
-                       f"{{are}} on {have} and missing on {on_ranks(absent, world)}", None, fix)  # fmt: skip
+    for what in ("there", "kind", "frozen"):
+        values: dict[int, Hashable] = {
+            rank: rank in rows
+            if what == "there"
+            else rows[rank].trait
+            if what == "kind"
+            else rows[rank].frozen
+            for rank in range(world)
+        }
+        sides = _by_value(values)
+        if len(sides) == 1:
+            continue
+        if what == "there":
+            text = f"{{are}} on {on_ranks(sides[True], world)} and missing on {on_ranks(sides[False], world)}"
+        elif what == "frozen":
+            text = (
+                f"{{are}} frozen on {on_ranks(sides[True], world)} and not on {on_ranks(sides[False], world)}"
+            )
+        else:
+            told = ", ".join(f"{trait} on {on_ranks(those, world)}" for trait, those in sides.items())
+            text = f"{{are}} of another kind from rank to rank: {told}"
+        yield _Odd("FK504", _minority(values), text, fix), None
         return
-    if len({row.trait for row in rows.values()}) > 1:
-        odd = _minority({rank: row.trait for rank, row in rows.items()})
-        kinds = _by_value({rank: row.trait for rank, row in rows.items()})
-        told = ", ".join(f"{trait} on {on_ranks(those, world)}" for trait, those in kinds.items())
-        yield _Odd("FK504", odd, f"{{are}} of another kind from rank to rank: {told}", None, fix)
-        return
-    frozen = {rank: row.frozen for rank, row in rows.items()}
-    if len(sides := _by_value(frozen)) > 1:
-        text = f"{{are}} frozen on {on_ranks(sides[True], world)} and not on {on_ranks(sides[False], world)}"
-        yield _Odd("FK504", _minority(frozen), text, None, fix)
-        return
+    frozen = rows[0].frozen
     for part in _by_value({rank: row.shard for rank, row in rows.items()}).values():
         some = {rank: rows[rank] for rank in part}
         if len(some) > 1:
-            yield from _frozen(some, world) if all(frozen.values()) else _trained(some, world)
+            yield from _frozen(some, world) if frozen else _trained(some, world)
 
 
-def _frozen(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
+def _frozen(rows: dict[int, Row], world: int) -> Iterator[tuple[_Odd, Cause | None]]:
     left = [rank for rank, row in rows.items() if row.now != row.base]
     taken: dict[int, list[int]] = defaultdict(list)
     for rank in left:
@@ -215,7 +235,7 @@ def _frozen(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
     for source, those in taken.items():
         cause = _cause(rows[those[0]])
         text = f"had other values on {on_ranks(those, world)}, now those of rank {source}"
-        yield _Odd("FK502", tuple(those), text, cause, CAUSES["broadcast"])
+        yield _Odd("FK502", tuple(those), text, CAUSES["broadcast"], _kind(cause)), cause
     if len({row.now for row in rows.values()}) == 1:
         return
     explained = {rank for those in taken.values() for rank in those}
@@ -224,7 +244,7 @@ def _frozen(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
         if wrong:
             at = f"{{differ}} on {on_ranks(wrong, world)}, where {{they}} {{are}} not what was frozen"
             cause = _cause(rows[wrong[0]])
-            yield _Odd("FK501", wrong, at, cause, _fix_of(cause))
+            yield _Odd("FK501", wrong, at, CAUSES[_kind(cause)], _kind(cause)), cause
         # who has left makes the others no more alike
         rows = {rank: row for rank, row in rows.items() if rank not in left}
         left = []
@@ -233,7 +253,7 @@ def _frozen(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
     if left:
         cause = _cause(rows[left[0]])
         text = "{differ} between all ranks: on none {they} {are} what was frozen"
-        yield _Odd("FK501", tuple(left), text, cause, _fix_of(cause))
+        yield _Odd("FK501", tuple(left), text, CAUSES[_kind(cause)], _kind(cause)), cause
         return
     wrong = _minority({rank: row.now for rank, row in rows.items()})
     sides = _by_value({rank: row.now for rank, row in rows.items()})
@@ -241,10 +261,10 @@ def _frozen(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
         text = f"{{differ}} on {on_ranks(wrong, world)} since before the audit"
     else:
         text = f"{{differ}} between {_sides(sides.values(), world)} since before the audit"
-    yield _Odd("FK501", wrong, text, None, "load the same checkpoint on every rank before freezing")
+    yield _Odd("FK501", wrong, text, "load the same checkpoint on every rank before freezing"), None
 
 
-def _trained(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
+def _trained(rows: dict[int, Row], world: int) -> Iterator[tuple[_Odd, Cause | None]]:
     values = {rank: row.now for rank, row in rows.items()}
     sides = _by_value(values)
     if len(sides) == 1 or all(row.buffer for row in rows.values()):
@@ -260,22 +280,21 @@ def _trained(rows: dict[int, Row], world: int) -> Iterator[_Odd]:
         else "wrap the model in DistributedDataParallel, or average every .grad over the ranks before "
         "optimizer.step(); start from the same values, and with the same optimizer, on every rank"
     )
-    yield _Odd("FK503", wrong, text + (f"; {note}" if note else ""), None, fix)
+    yield _Odd("FK503", wrong, text + (f"; {note}" if note else ""), fix), None
 
 
-def _sides(sides: Iterable[list[int]], world: int) -> str:
-    shown = [on_ranks(those, world) for those in sides]
-    if len(shown) > 4:
-        return f"{len(shown)} groups of ranks"
-    return " and ".join(shown)
+def _sides(sides: Collection[list[int]], world: int) -> str:
+    if len(sides) > 2:
+        return f"{len(sides)} groups of ranks" if len(sides) < world else "all ranks"
+    return " and ".join(on_ranks(those, world) for those in sides)
 
 
 def _cause(row: Row) -> Cause | None:
     return None if row.cause is None else Cause(*row.cause)
 
 
-def _fix_of(cause: Cause | None) -> str:
-    return CAUSES["unknown" if cause is None else cause.kind]
+def _kind(cause: Cause | None) -> str:
+    return "unknown" if cause is None else cause.kind
 
 
 def _listed(names: Sequence[str]) -> str:
