@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 from freezekit.audit.codes_files import FILES
+from freezekit.audit.codes_ranks import RANKS
 from freezekit.audit.explanation import FREEZE, Explanation, torch_issue, torch_page, torch_source
 from freezekit.audit.findings import CODES
 from freezekit.errors import FreezekitError
@@ -274,7 +275,8 @@ EXPLANATIONS: dict[str, Explanation] = {
     "FK317": Explanation(
         "DistributedDataParallel sends rank 0's buffers to the other ranks before each forward pass, the "
         "frozen ones too. Where a rank has other values, they are overwritten.",
-        "The default. Harmless while all ranks have the same; not after loading on one rank alone.",
+        "The default. Harmless while all ranks have the same, which freezekit.DriftAuditor(..., ranks=10) "
+        "tells; not after loading on one rank alone.",
         "model.broadcast_buffers = False on the DistributedDataParallel model, if no other layer needs it, "
         "or the same checkpoint on every rank.",
         (torch_page("torch.nn.parallel.DistributedDataParallel"), torch_issue(110363)),
@@ -287,4 +289,5 @@ EXPLANATIONS: dict[str, Explanation] = {
         (torch_page("torch.nn.modules.lazy.LazyModuleMixin"), torch_page("torch.nn.Module")),
     ),
     **FILES,
+    **RANKS,
 }

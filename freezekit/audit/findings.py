@@ -74,6 +74,14 @@ CODES: dict[str, tuple[str, Level]] = {
     "FK407": ("fewer batches were counted than steps were taken", "warning"),
     "FK408": ("running statistics stayed while the weights before them changed", "warning"),
     "FK409": ("running statistics may not have been trained", "warning"),
+    # between the processes of a run
+    "FK501": ("frozen values differ between ranks", "error"),
+    "FK502": ("one rank's frozen values overwrote another's", "error"),
+    "FK503": ("trained parameters differ between ranks", "error"),
+    "FK504": ("the ranks froze or built different models", "error"),
+    "FK505": ("the ranks are at different steps", "error"),
+    "FK506": ("a rank did not come to the comparison", "error"),
+    "FK507": ("the audit of another rank found something", "error"),
 }
 """What each code means, and its level."""
 
@@ -151,12 +159,13 @@ class Finding:
     """One thing that is wrong, where, and what to do about it.
 
     Args:
-        code: ``FK101`` and so on; the first digit is the kind (1 state moved, 4 checkpoint health).
+        code: ``FK101`` and so on; the first digit is the kind (1 state moved, 4 checkpoint health, 5 ranks).
         name: the layer or tensor concerned.
         message: what was seen, with its size.
         fix: what to do.
         step: the step at which it was first seen, in a live audit or in the checkpoints of a run.
         cause: why it moved, in a live audit.
+        ranks: the processes concerned, where several were compared.
 
     >>> Finding("FK101", "bn1", "mean moved by 0.5 sigma", "freeze it", step=1).level
     'error'
@@ -168,6 +177,7 @@ class Finding:
     fix: str
     step: int | None = None
     cause: Cause | None = None
+    ranks: tuple[int, ...] = ()
 
     @property
     def level(self) -> Level:

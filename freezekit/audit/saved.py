@@ -237,7 +237,7 @@ def _unit(value: object) -> str:
 
 def _finding(item: object, where: str) -> Finding:
     fields = _READ.mapping(item, where)
-    _READ.keys(fields, {*Finding.__dataclass_fields__, "level"}, set(), where)
+    _READ.keys(fields, {*Finding.__dataclass_fields__, "level"} - {"ranks"}, {"ranks"}, where)
     code = _READ.text(fields["code"], f"{where}'s code")
     if code not in CODES:
         if re.fullmatch(r"FK[0-9]{3}", code):
@@ -245,6 +245,7 @@ def _finding(item: object, where: str) -> Finding:
                 f"{where} has a code that this freezekit does not know", got=code, remedy="update freezekit"
             )
         _READ.refuse(f"{where}'s code is one of freezekit's", code)
+    ranks = _READ.entries(fields.get("ranks", []), f"{where}'s ranks")  # not in the older ones
     finding = Finding(
         code=code,
         name=_READ.text(fields["name"], f"{where}'s name"),
@@ -252,6 +253,7 @@ def _finding(item: object, where: str) -> Finding:
         fix=_READ.text(fields["fix"], f"{where}'s fix"),
         step=_step(fields["step"], where),
         cause=None if fields["cause"] is None else _cause(fields["cause"], f"{where}'s cause"),
+        ranks=tuple(_count(rank, f"{where}'s ranks") for rank in ranks),
     )
     if fields["level"] != finding.level:
         _READ.refuse(f"{where}'s level is that of {code}", fields["level"])

@@ -61,6 +61,7 @@ Of each of ``findings``:
 ``fix``                what to do about it
 ``step``               the optimizer step after which it was first seen, or null
 ``cause``              null, or ``kind``, ``detail`` (the evidence) and ``where`` (the user's line, or null)
+``ranks``              the processes concerned (FK5xx); empty where none were compared
 =====================  ================================================================================
 
 Of each of ``checkpoints``, the last of which is ``source``:

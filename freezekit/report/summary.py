@@ -83,8 +83,8 @@ def verdict(report: DriftReport) -> Verdict:
         return Verdict(text, "bad")
     of = f" in {len(report.checkpoints)} checkpoints" if run else ""
     if errors:
-        # what a layer does (FK2xx) is no matter of running statistics
-        where = "" if any(finding.code.startswith("FK2") for finding in errors) else f" in {norms}"
+        # what a layer does (FK2xx), and what other ranks have (FK5xx), is no matter of running statistics
+        where = "" if any(f.code.startswith(("FK2", "FK5")) for f in errors) else f" in {norms}"
         return Verdict(f"BAD: {found}{where}; none of {report.compared} frozen tensors changed{of}", "bad")
     if not report.compared:
         text = "NOTHING TO COMPARE: the manifest has no digest of a tensor in the file"

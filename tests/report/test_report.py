@@ -115,7 +115,7 @@ def test_no_line_ends_in_blanks() -> None:
 
 def test_json_says_everything() -> None:
     layer = replace(moved("ä", 7), scatter=((-0.5, 1.5), (0.25, 1.0)))
-    made = report([layer], [Finding("FK404", "ä", "differs", "none", step=7)], ("a note",))
+    made = report([layer], [Finding("FK404", "ä", "differs", "none", step=7, ranks=(1,))], ("a note",))
     made = replace(made, checkpoints=(CheckpointDrift("new.pth", 7, 1, 1, 0.5, None),), unit="epoch")
     assert DriftReport.from_json(made.to_json()) == made
     text = made.to_json()
@@ -131,7 +131,7 @@ def test_json_says_everything() -> None:
         }],
         "findings": [{
             "code": "FK404", "name": "ä", "message": "differs", "fix": "none", "step": 7, "level": "warning",
-            "cause": None,
+            "cause": None, "ranks": [1],
         }],
         "checkpoints": [{
             "source": "new.pth", "step": 7, "changed": 1, "layers": 1, "mean_shift_sigma": 0.5,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from freezekit.audit.live.tensors import local
+
 __all__ = ["Column", "Views", "row_of"]
 
 
@@ -75,11 +77,11 @@ class Views:
         layout = _Layout([], [])
         kinds: dict[tuple[torch.device, torch.dtype], tuple[int, int]] = {}
         for tensor in tensors:
-            view = None if tensor is None else self._view(tensor.detach())
+            view = None if tensor is None else self._view(local(tensor).detach())
             if view is None:
                 layout.spans.append(None)
                 continue
-            layout.lasting &= tensor is not None and _storage(view) == _storage(tensor)
+            layout.lasting &= tensor is not None and _storage(view) == _storage(local(tensor))
             kind = (view.device, view.dtype)
             row, start = kinds.get(kind, (len(layout.parts), 0))
             if row == len(layout.parts):
@@ -107,7 +109,7 @@ def _nothing() -> None:
 
 def _pointers(tensors: Sequence[Tensor | None]) -> list[int] | None:
     try:
-        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return [0 if tensor is None else local(tensor).data_ptr() for tensor in tensors]
     except (RuntimeError, NotImplementedError):  # what is sparse, or a subclass, has its values elsewhere
         return None
 

@@ -13,6 +13,7 @@ from freezekit.audit.live.kept import bits_of
 from freezekit.audit.live.region import Place
 from freezekit.audit.live.slots import Slot
 from freezekit.audit.live.snapshot import Snapshot
+from freezekit.audit.live.tensors import local
 from freezekit.audit.state import DTYPE_SIZES, STATS, StateTable, TensorState
 
 __all__ = ["describe"]
@@ -75,6 +76,7 @@ def _moves(snapshot: Snapshot, changes: Iterable[Change]) -> list[Finding]:
 
 
 def _state(place: Place, tensor: Tensor) -> TensorState:
+    tensor = local(tensor)
     dtype = str(tensor.dtype).removeprefix("torch.")
     unsupported = None if dtype in DTYPE_SIZES else f"values of {dtype} cannot be shown"
     if tensor.is_meta:

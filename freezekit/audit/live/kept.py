@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from freezekit.audit.live.tensors import INTS
+from freezekit.audit.live.tensors import INTS, local
 
-__all__ = ["Kept", "Rows", "bits_of", "is_plain", "same_bits"]
+__all__ = ["Kept", "Rows", "bits_of", "digest_of", "is_plain", "same_bits"]
 
 _PLAIN = frozenset(
     {
@@ -28,9 +28,10 @@ _ROW = 1 << 16
 def bits_of(tensor: Tensor) -> Tensor:
     """Return the values as a row of integers of the same bits: NaN equals NaN, and 0.0 differs from -0.0.
 
-    It shares memory with the tensor where that is contiguous.
+    Of a sharded tensor, those that this rank has. It shares memory with the tensor where that is
+    contiguous.
     """
-    tensor = tensor.detach()
+    tensor = local(tensor).detach()
     if tensor.is_quantized:
         tensor = tensor.int_repr()
     if tensor.layout is not torch.strided:
@@ -104,7 +105,7 @@ class Kept:
 
     def __init__(self, bits: Tensor, *, digest: bool = False, host: bool = False) -> None:
         self.digest = digest
-        kept = _digest(bits) if digest else bits.clone()
+        kept = digest_of(bits) if digest else bits.clone()
         self.row = kept.cpu() if host else kept
 
     def part(self, start: int, stop: int) -> Kept:
@@ -115,7 +116,7 @@ class Kept:
 
     def differs(self, bits: Tensor) -> Tensor | bool:
         """Tell whether the bits are others now; on an accelerator as a tensor, without waiting for it."""
-        now = _digest(bits) if self.digest else bits
+        now = digest_of(bits) if self.digest else bits
         if now.device != self.row.device:
             now = now.to(self.row.device)
         if now.shape != self.row.shape:
@@ -123,7 +124,7 @@ class Kept:
         return not torch.equal(now, self.row) if now.is_cpu else (now != self.row).any()
 
 
-def _digest(bits: Tensor) -> Tensor:
+def digest_of(bits: Tensor) -> Tensor:
     """Return 64 bits that depend on each bit of the row and on its place.
 
     Each element is put together with its position and mixed by steps that can be undone (those of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from freezekit.audit.findings import Finding
-from freezekit.audit.live.region import Region
+from freezekit.audit.live.region import Region, places
 from freezekit.audit.live.sharing import grouped, plural
 from freezekit.errors import FreezekitError
 
@@ -163,8 +163,9 @@ def _lbfgs_remembers(optimizer: torch.optim.LBFGS, members: list[Tensor], positi
 
 
 def _untrained(region: Region, held: set[int], optimizers: list[Any]) -> Iterator[Finding]:
-    every = dict(region.model.named_parameters())
-    trained = {n: p for n, p in every.items() if p.requires_grad and n not in region.places}
+    known = places(region.model)
+    every = {name: known[name].tensor() for name, _ in region.model.named_parameters()}
+    trained = {n: p for n, p in every.items() if p is not None and p.requires_grad and n not in region.places}
     missing = [name for name, parameter in trained.items() if id(parameter) not in held]
     for name, those in grouped(missing, every).items():
         verb = "trains, but is" if len(those) == 1 else "train, but are"

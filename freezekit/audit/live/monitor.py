@@ -16,12 +16,15 @@ from freezekit.audit.findings import CAUSES, Cause, DriftReport, Finding, LayerD
 from freezekit.audit.live.causes import Witness
 from freezekit.audit.live.change import Change
 from freezekit.audit.live.describe import describe
+from freezekit.audit.live.joining import by_owner, continued, is_of
+from freezekit.audit.live.options import check_options
 from freezekit.audit.live.probe import Probe
+from freezekit.audit.live.ranks import Ranks
 from freezekit.audit.live.region import Place, Region, layer_of
 from freezekit.audit.live.snapshot import Snapshot
 from freezekit.audit.state import STATS
 from freezekit.audit.timeline import Timeline
-from freezekit.errors import DriftError, DriftWarning, FreezekitError
+from freezekit.errors import DriftError, DriftWarning
 
 __all__ = ["DriftAuditor"]
 
@@ -54,6 +57,11 @@ class DriftAuditor:
             moved but not how far.
         probe: also run a copy of the frozen part on inputs of the loop after every so many steps: twice on
             the same batch, with other batch-mates, and against what it gave at first.
+        ranks: of several processes, also compare the model between them after every so many steps, in one
+            small collective; give the same on every rank. ``"raise"`` then raises after these steps, on all
+            ranks at once, so that none is left waiting for another.
+        timeout: seconds to wait there for a rank that does not come; below the ten minutes after which
+            torch's nccl ends the process.
 
     Raises:
         FreezekitError: nothing in the model is frozen, or an argument is wrong.
@@ -85,26 +93,14 @@ class DriftAuditor:
         keep: Literal["device", "host"] = "device",
         snapshot: Literal["copy", "digest"] = "copy",
         probe: int | None = None,
+        ranks: int | None = None,
+        timeout: float = 570.0,
     ) -> None:
-        _one_of("on_drift=", on_drift, "unknown reaction", "raise", "warn", "record")
-        _one_of("watch=", watch, "unknown way to watch", "rolling", "all", "norm")
-        _one_of("keep=", keep, "unknown place", "device", "host")
-        _one_of("snapshot=", snapshot, "unknown kind of snapshot", "copy", "digest")
-        _steps("every=", every)
-        if probe is not None:
-            _steps("probe=", probe)
-        if not isinstance(model, nn.Module):
-            raise FreezekitError(
-                "not a model", where="model", got=type(model).__name__, remedy="give a torch.nn.Module"
-            )
-        if optimizer is not None and not hasattr(optimizer, "_optimizer_step_post_hooks"):
-            raise FreezekitError(
-                "not an optimizer of torch's kind",  # Accelerate's is one by its class alone
-                where="optimizer=",
-                got=type(optimizer).__name__,
-                remedy="leave it out: torch's that hold parameters of the model are followed; with another "
-                "kind, call .check() after each step inside `with auditor:`",
-            )
+        counts = {"every": every, "probe": probe, "ranks": ranks}
+        check_options(
+            model, optimizer, counts,
+            on_drift=on_drift, watch=watch, keep=keep, snapshot=snapshot, timeout=timeout,
+        )  # fmt: skip
         self.model = model
         self.optimizer = optimizer
         self.every = every
@@ -116,6 +112,8 @@ class DriftAuditor:
         self._watched: frozenset[str] = frozenset()
         self._followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._hook: Any = None
+        self._ranks = None if ranks is None else Ranks(ranks, timeout)
+        self._held: list[Finding] = []
         self._begin()
 
     def _begin(self) -> None:
@@ -126,6 +124,8 @@ class DriftAuditor:
         self._snapshot = Snapshot(
             self._region, turns=watch == "rolling", digest=snapshot == "digest", host=keep == "host"
         )
+        if self._ranks is not None:
+            self._ranks.take(self._region)
         self._witness = Witness(self._region)
         self._probe = None if probe is None else Probe(self._region)
         self._probed = probe or 0
@@ -159,6 +159,11 @@ class DriftAuditor:
 
     def detach(self) -> None:
         """Stop checking by itself; :meth:`check` and :meth:`report` still work, without causes."""
+        self._unhook()
+        if self._ranks is not None:
+            self._ranks.leave()
+
+    def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -189,10 +194,13 @@ class DriftAuditor:
         True
         """
         try:
-            self._react(self._look(full=True))
+            if self._ranks is None:
+                self._react(self._look(full=True))
+            else:
+                self._wait_for_others(self._look(full=True), meets=False)
         finally:  # whoever goes on after the error goes on with what is frozen now
             self._earlier, attached = self._told(full=True), self._hook is not None
-            self.detach()
+            self._unhook()
             self._begin()
             if attached:
                 self.attach()
@@ -220,9 +228,11 @@ class DriftAuditor:
         changes = self._look(full=full)
         layers, findings, changed = describe(self._snapshot, changes, only=False)
         self._note(layers, last=True)
-        by_owner = _by_owner(changes)
+        owners = by_owner(changes)
+        across = () if self._ranks is None else self._ranks.found.values()
         steps = {name: step for (code, name), step in self._first.items() if code in ("FK101", "FK102")}
         notes = self._region.notes + (() if self._probe is None else tuple(self._probe.notes))
+        notes += () if self._ranks is None else self._ranks.notes
         report = DriftReport(
             f"{type(self.model).__name__} after {self.step} step{'' if self.step == 1 else 's'}",
             "its state when the auditor was made",
@@ -233,18 +243,20 @@ class DriftAuditor:
                 replace(layer, step=steps.get(layer.name), timeline=self._timeline.of(layer.name))
                 for layer in layers
             ),
-            tuple(self._completed(finding, by_owner) for finding in (*findings, *self._behaviour.values())),
+            (*(self._completed(one, owners) for one in (*findings, *self._behaviour.values())), *across),
             notes,
         )
-        return report if self._earlier is None else _continued(self._earlier, report)
+        return report if self._earlier is None else continued(self._earlier, report)
 
     def __enter__(self) -> DriftAuditor:
         return self.attach()
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: Any) -> None:
         changes = self._look(full=True) if exc_type is None else []  # what moved after the last step
+        if self._ranks is not None:
+            self._ranks.leave(None if exc_type is None else exc_type.__name__)
         self.detach()
-        self._react(changes)
+        self._tell([*self._held, *self._news(changes)] if exc_type is None else self._news(changes))
 
     def _after_step(self, *_: Any) -> None:
         self.step += 1
@@ -254,8 +266,27 @@ class DriftAuditor:
                     self._behaviour.setdefault((finding.code, finding.name), finding)
             if self.step % self._probed == 0:
                 self._probe.arm()
-        if self.step % self.every == 0:
-            self.check()
+        due = self.step % self.every == 0
+        if self._ranks is None:
+            if due:
+                self.check()
+            return
+        meets = self.step % self._ranks.every == 0
+        if due or meets:
+            self._wait_for_others(self._look(full=meets), meets=meets)
+
+    def _wait_for_others(self, changes: list[Change], *, meets: bool) -> None:
+        """React, but raise only where all ranks do: whoever raised alone would leave the others waiting."""
+        assert self._ranks is not None
+        new = self._news(changes)
+        self._ranks.hear(new)
+        if meets:
+            new += self._ranks.compare(self.step, changes, self._causes)
+        if self.on_drift == "raise" and not meets:
+            self._held += new
+        else:
+            held, self._held = self._held, []
+            self._tell([*held, *new])
 
     def _after_any_step(self, optimizer: Optimizer, *_: Any) -> None:
         if optimizer not in self._followed:
@@ -284,20 +315,27 @@ class DriftAuditor:
 
     def _react(self, changes: list[Change]) -> list[Finding]:
         """Raise, warn of, or record what is new."""
+        return self._tell(self._news(changes))
+
+    def _news(self, changes: list[Change]) -> list[Finding]:
+        """Return what is new, and take note of it."""
         findings = list(self._behaviour.values())
         if changes and self._is_news(changes):
             layers, moved, _ = describe(self._snapshot, changes, only=True)
             findings = [*moved, *findings]
             self._note(layers)
         new = []
-        by_owner = _by_owner(changes)
+        owners = by_owner(changes)
         for finding in findings:
             key = (finding.code, finding.name)
             if key not in self._first:
                 self._first[key] = self.step
                 if self._trains_now(finding.name):
                     self._trained.add(key)
-                new.append(self._completed(finding, by_owner))
+                new.append(self._completed(finding, owners))
+        return new
+
+    def _tell(self, new: list[Finding]) -> list[Finding]:
         if not new or self.on_drift == "record":
             return new
         worst = next((finding for finding in new if finding.level == "error"), new[0])
@@ -329,7 +367,7 @@ class DriftAuditor:
         """
         fix, message, cause = finding.fix, finding.message, finding.cause
         if cause is None and finding.code not in _OF_THEIR_OWN:
-            names = [place.name for place in changed.get(finding.name, ()) if _is_of(finding, place)]
+            names = [place.name for place in changed.get(finding.name, ()) if is_of(finding, place)]
             known = [self._causes[name] for name in names if name in self._causes]
             cause = next((one for one in known if one.kind != "unknown"), known[0] if known else None)
             if cause is not None and cause.kind != "unknown":
@@ -357,44 +395,3 @@ class DriftAuditor:
 _UNKNOWN = Cause("unknown")
 _OF_THEIR_OWN = ("FK201", "FK202")
 """Findings of what a layer does, which no tensor that moved explains."""
-
-
-def _by_owner(changes: list[Change]) -> dict[str, list[Place]]:
-    """Return the places of what changed, by their names and by those of their layers."""
-    found: dict[str, list[Place]] = {}
-    for place in (change.place for change in changes):
-        for called in {place.name, place.name.rpartition(".")[0]}:
-            found.setdefault(called, []).append(place)
-    return found
-
-
-def _is_of(finding: Finding, place: Place) -> bool:
-    """Tell whether a finding is of what is at a place: of a layer, its statistics, not its weight."""
-    return finding.name == place.name or finding.code == "FK203" or place.role in STATS
-
-
-def _continued(earlier: DriftReport, report: DriftReport) -> DriftReport:
-    """Return a report with what was found before the auditor was renewed; of what both tell, the first."""
-    told = {(finding.code, finding.name) for finding in earlier.findings}
-    layers = {layer.name: layer for layer in earlier.layers}
-    layers |= {now.name: now for now in report.layers if now.changed or not layers.get(now.name, now).changed}
-    return replace(
-        report,
-        changed=tuple(dict.fromkeys([*earlier.changed, *report.changed])),
-        layers=tuple(layers.values()),
-        findings=(*earlier.findings, *(f for f in report.findings if (f.code, f.name) not in told)),
-        notes=tuple(dict.fromkeys([*earlier.notes, *report.notes])),
-    )
-
-
-def _one_of(where: str, given: object, what: str, *known: str) -> None:
-    if given not in known:
-        listed = ", ".join(repr(word) for word in known[:-1])
-        raise FreezekitError(what, where=where, got=repr(given), remedy=f"{listed} or {known[-1]!r}")
-
-
-def _steps(where: str, given: object) -> None:
-    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
-        raise FreezekitError(
-            "not a number of steps", where=where, got=repr(given), remedy="give a whole number from 1"
-        )

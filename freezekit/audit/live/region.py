@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -26,6 +28,8 @@ class Place:
         key: its name there.
         role: what it is for; ``"attribute"`` where it is neither parameter nor buffer.
         item: position or key in the list, tuple or dict that the attribute is, or ``None``.
+        shards: what ``fully_shard`` has of it, or ``None``: around a forward the module holds a copy of the
+            whole parameter, which is dropped again.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Place:
     key: str
     role: Role
     item: int | str | None = None
+    shards: Any = None
 
     def tensor(self) -> Tensor | None:
         """Return the tensor that is there now, or ``None``."""
@@ -40,6 +45,8 @@ class Place:
         held: object
         if self.role == "parameter":
             held = held_in(owner._parameters, self.key)
+            if self.shards is not None and held is getattr(self.shards, "_unsharded_param", None):
+                held = self.shards.sharded_param
         elif self.role == "attribute":
             held = owner.__dict__.get(self.key)
             if self.item is not None:
@@ -65,12 +72,14 @@ def places(model: nn.Module) -> dict[str, Place]:
     """
     found: dict[str, Place] = {}
     modules = list(model.named_modules(remove_duplicate=False))
+    shards = _shards(module for _, module in modules)
     for path, module in modules:
         prefix = f"{path}." if path else ""
         keeps_stats = held_in(module._buffers, "running_mean") is not None
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                found[prefix + key] = Place(prefix + key, module, key, "parameter")
+                part = shards.get((id(module), key))
+                found[prefix + key] = Place(prefix + key, module, key, "parameter", shards=part)
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 role: Role = key if keeps_stats and key in STATS else "buffer"
@@ -80,6 +89,23 @@ def places(model: nn.Module) -> dict[str, Place]:
         for place in _attributes(f"{path}." if path else "", module):
             if id(place.tensor()) not in registered:  # as the flat list of weights of an LSTM is
                 found.setdefault(place.name, place)
+    return found
+
+
+def _shards(modules: Iterable[nn.Module]) -> dict[tuple[int, str], Any]:
+    """Return what ``fully_shard`` keeps of each parameter, by its module and its name there."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    found = {}
+    for module in modules:
+        if fsdp is None or not isinstance(module, fsdp):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # the first torches
+        for part in (part for group in groups if group is not None for part in group.fsdp_params):
+            info = part._module_info
+            found[id(info.module), info.param_name] = part
+            shared = zip(info.shared_modules, info.shared_param_names, strict=True)
+            found |= {(id(other), name): part for other, name in shared}
     return found
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from freezekit.audit.live.change import What
 from freezekit.audit.live.kept import Kept, Rows, bits_of, is_plain, same_bits
 from freezekit.audit.live.region import Place
-from freezekit.audit.live.tensors import pointer, version
+from freezekit.audit.live.tensors import local, pointer, version
 
 __all__ = ["Joined", "Slot"]
 
@@ -19,7 +19,7 @@ _PIECES = 8  # of a tensor that is kept as digests: 64 bytes
 
 
 class Slot:
-    """A frozen tensor.
+    """A frozen tensor; of a sharded one, what this rank has of it.
 
     Args:
         place: where it is.
@@ -29,12 +29,13 @@ class Slot:
     def __init__(self, place: Place, tensor: Tensor) -> None:
         self.place = place
         self.tensor: Tensor | None = tensor
-        self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        here = local(tensor)
+        self.shape, self.dtype, self.device = here.shape, here.dtype, here.device
         # TorchScript's modules keep theirs in C++
-        self.plain = is_plain(tensor) and isinstance(place.owner._buffers, dict)
-        self.nbytes = tensor.numel() * tensor.element_size()
+        self.plain = is_plain(here) and isinstance(place.owner._buffers, dict)
+        self.nbytes = here.numel() * here.element_size()
         # the order of its dimensions in memory, so that a row of it is a view in channels-last too
-        strides = tensor.stride() if self.plain else ()
+        strides = here.stride() if self.plain else ()
         self._order = sorted(range(len(strides)), key=lambda dim: -strides[dim])
         self.pointer, self.version = pointer(tensor), version(tensor)
         self.strides = strides
@@ -50,7 +51,7 @@ class Slot:
         """Keep its bits, in pieces."""
         assert self.tensor is not None
         if not self.plain:
-            self.whole = self.tensor.detach().clone()
+            self.whole = local(self.tensor).detach().clone()
             return
         row = self.row(self.tensor)
         size = max(1, _PIECE // row.element_size())
@@ -65,6 +66,7 @@ class Slot:
 
     def row(self, tensor: Tensor) -> Tensor:
         """Return a tensor's bits in the order in which the frozen ones are kept."""
+        tensor = local(tensor)
         return bits_of(tensor.permute(self._order) if len(self._order) > 1 else tensor)
 
     def has_gone(self) -> bool:
@@ -72,6 +74,7 @@ class Slot:
         now = self.place.tensor()
         if now is None or self.tensor is None or now is not self.tensor:
             return now is not self.tensor
+        now = local(now)
         here = "shape" if now.shape != self.shape else "dtype" if now.dtype != self.dtype else "value"
         if self.plain and is_plain(now) and now.stride() != self.strides:
             return True
@@ -87,7 +90,7 @@ class Slot:
         if tensor is None:
             self.what = "missing"
             return
-        self.pointer = pointer(tensor)
+        self.pointer, tensor = pointer(tensor), local(tensor)
         self.strides = tensor.stride() if is_plain(tensor) else ()
         if tensor.shape != self.shape:
             self.what = "shape"
@@ -101,8 +104,8 @@ class Slot:
         if self.tensor is None or self.what in ("shape", "dtype"):
             return [True]
         if self.whole is not None:
-            return [not same_bits(self.whole, self.tensor)]
-        if not is_plain(self.tensor):
+            return [not same_bits(self.whole, local(self.tensor))]
+        if not is_plain(local(self.tensor)):
             return [True]
         row = self.row(self.tensor)
         return [kept.differs(row[start:stop]) for start, stop, kept in self.pieces]

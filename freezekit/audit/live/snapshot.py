@@ -20,7 +20,7 @@ from freezekit.audit.live.kept import Kept, Rows, is_plain
 from freezekit.audit.live.region import Place, Region, layer_of, places
 from freezekit.audit.live.slots import Joined, Slot
 from freezekit.audit.live.standing import Standing
-from freezekit.audit.live.tensors import version
+from freezekit.audit.live.tensors import local, version
 
 __all__ = ["WINDOW", "Snapshot"]
 
@@ -242,8 +242,9 @@ class Snapshot:
         if slot.since is None:
             slot.since = max(0, since)
         writes = 0 if slot.tensor is None or slot.replaced else version(slot.tensor) - slot.version
+        here = None if slot.tensor is None else local(slot.tensor)
         return Change(
-            slot.place, slot.tensor, slot.before(), slot.what, slot.replaced, slot.rebased, writes, slot.since
+            slot.place, here, slot.before(), slot.what, slot.replaced, slot.rebased, writes, slot.since
         )
 
     def _write_down(self) -> None:

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-__all__ = ["INTS", "bits", "differ", "pointer", "sample", "version"]
+__all__ = ["INTS", "bits", "differ", "is_sharded", "local", "pointer", "sample", "shard_of", "version"]
 
 INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether it is a ``DTensor``, of which each rank has its part or its copy."""
+    # who has one has imported this; the rest need not
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the values that this rank has of a tensor; any but a sharded one is returned as it is.
+
+    >>> row = torch.ones(2)
+    >>> local(row) is row
+    True
+    """
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # so that it is the very tensor
+        return tensor.to_local()  # type: ignore[attr-defined, no-any-return]
+
+
+def shard_of(tensor: Any) -> str:
+    """Return which part of a tensor this rank has, empty where each rank has all of it."""
+    if not is_sharded(tensor):
+        return ""
+    at = tensor.device_mesh.get_coordinate() or []
+    placed = zip(at, tensor.placements, strict=False)
+    return " ".join(f"{dim}:{where}" for dim, (where, p) in enumerate(placed) if not p.is_replicate())
+
+
 def version(tensor: Tensor) -> int:
     """Return how many writes torch has counted; an inference tensor counts none."""
+    if is_sharded(tensor):
+        return tensor._version + local(tensor)._version  # of one or the other, as it is written to
     return 0 if tensor.is_inference() else tensor._version
 
 
 def pointer(tensor: Tensor) -> int:
     """Return where the values are, 0 if they are in no one place."""
+    tensor = local(tensor)
     return tensor.data_ptr() if tensor.layout is torch.strided and not is_lazy(tensor) else 0
 
 
@@ -28,7 +63,7 @@ def bits(tensor: Tensor) -> Tensor | None:
     """
     if is_lazy(tensor):
         return None
-    tensor = tensor.detach()
+    tensor = local(tensor).detach()
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta:
         return None
     try:
