@@ -131,7 +131,7 @@ def test_derivatives(affine: bool) -> None:
 def test_what_cannot_be_batched_says_so() -> None:
     x = data((3, 2, 2)).requires_grad_()
     output = Forced(2)(x)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for c10d::allreduce_"):
         torch.autograd.grad(output, x, torch.ones(4, *output.shape), is_grads_batched=True)
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: Forced(2)(x).sum())(x.detach())
