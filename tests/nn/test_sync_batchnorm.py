@@ -184,6 +184,12 @@ def test_in_one_process_it_is_any_batch_norm() -> None:
         assert_same(run(copy.deepcopy(layer), x), run(ordinary, x), 0)
 
 
+def test_a_torch_built_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    monkeypatch.delattr(dist, "is_initialized")
+    assert freezekit.nn.SyncBatchNorm(4)(data((3, 4))).shape == (3, 4)
+
+
 def test_ddp_on_the_cpu_refuses_torchs_class_which_is_why_this_is_none() -> None:
     assert not isinstance(freezekit.nn.SyncBatchNorm(2), nn.SyncBatchNorm)
     assert issubclass(freezekit.nn.SyncBatchNorm, nn.modules.batchnorm._BatchNorm)
