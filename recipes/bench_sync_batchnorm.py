@@ -6,8 +6,8 @@
 
 A step is one layer, forward and backward, in train mode, on each rank's own batch; its time is that of the
 slowest rank. Every round times every contender once, all in the same processes, so that whatever else the
-machine does hits all of them; a ratio is the median over the rounds of time by time of the same round, below 1
-is faster than freezekit's BatchNorm without synchronisation. Beside that one's median stands its median
+machine does hits all of them; a ratio is the median over the rounds of time by time of the same round: below
+1 is faster than freezekit's BatchNorm without synchronisation. Beside that one's median stands its median
 deviation. With more ranks than cores, ranks wait for one another and times say little.
 "naive" adds up sums and sums of squares by one differentiable all_reduce, as detectron2's NaiveSyncBatchNorm.
 "sent" is what a rank puts into its collectives; "moved" what then passes through its port in a ring.

@@ -109,6 +109,7 @@ def test_the_file_side_never_imports_torch() -> None:
             {"torch", "numpy", "rich"},
         ),
         ("from freezekit import audit_checkpoint", {"torch", "rich"}),
+        ("import freezekit.nn", {"torch._dynamo", "rich"}),
         ("from freezekit import Manifest", {"torch", "numpy", "rich"}),
     ],
 )

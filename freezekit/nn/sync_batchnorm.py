@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from freezekit.nn.batch_kernels import batch_norm_backward, batch_norm_forward, channel_dims
 from freezekit.nn.batchnorm import _OwnForward
@@ -214,14 +215,15 @@ class SyncBatchNorm(_OwnForward):
     bias are this rank's part, which DDP averages. Batches may differ in size, and be empty on some ranks.
 
     Every rank of the group has to run the layer as often as the others, backward included: where a rank's
-    output does not enter its loss, the others wait for it. An input that does not fit its layer (channels,
-    dtype) is an error on every rank, not a wait; layers that differ in C are not noticed.
+    output does not enter its loss, the others wait for it. What one rank can tell is wrong (an input of
+    other channels or another dtype, a single value in all) is an error on every rank, not a wait. Layers of
+    different C are not found out: their messages differ in size, on which gloo ends the process.
 
     It is no subclass of ``torch.nn.SyncBatchNorm``, because ``DistributedDataParallel`` refuses any on the
-    CPU; it has its constructor and its ``state_dict``. :func:`freezekit.convert_batchnorm` makes BN layers of
-    a model synchronised in place. With gradients checkpointed, the forward's collective runs twice;
-    ``torch.compile`` breaks the graph around the exchange. CUDA graphs cannot capture it, for the counts are
-    read by the host.
+    CPU; constructor and ``state_dict`` are the same. :func:`freezekit.convert_batchnorm` makes BN layers of a
+    model synchronised in place. ``torch.compile`` breaks the graph at the layer. Where activations are
+    checkpointed the forward's collective runs twice. CUDA graphs cannot capture the layer, as the host reads
+    the counts.
 
     Args:
         num_features: C.
@@ -287,12 +289,13 @@ class SyncBatchNorm(_OwnForward):
         group = dist.group.WORLD if self.process_group is None else self.process_group
         return group if dist.get_world_size(group) > 1 else None  # -1 on a rank outside of the group
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    # torch.compiler.disable, but for the two seconds that importing it with the compiler would take.
+    @_disable_dynamo
     def _synchronised(self, input: Tensor, group: Any) -> Tensor:
         self._count()
         try:
             self._check(input)
-        except (ValueError, RuntimeError):  # NotImplementedError included
+        except Exception:
             nothing = torch.zeros(self.num_features, device=input.device)
             _gather(nothing, nothing, (_REFUSED, 0, 0), group)
             raise

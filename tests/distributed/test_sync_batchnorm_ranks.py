@@ -206,6 +206,8 @@ def counts(rank: int, world: int) -> dict[str, dict[str, int]]:
     step("eval, no statistics", layer_of(track_running_stats=False).eval(), x.clone().requires_grad_())
     with torch.no_grad():
         step("no_grad", layer_of(), x)
+    with torch.inference_mode():
+        step("inference_mode", layer_of(), x)
     step("meta", layer_of().to("meta"), x.to("meta"))
     frozen = layer_of()
     freezekit.freeze(frozen, "*")
@@ -404,6 +406,7 @@ EXPECTED_COUNTS: dict[str, dict[str, int]] = {
     "eval": {},
     "eval, no statistics": {},
     "no_grad": {"all_gather": 1},
+    "inference_mode": {"all_gather": 1},
     "meta": {},
     "frozen": {},
     "frozen on rank 0, eval on the others": {},

@@ -236,6 +236,7 @@ STATEFUL = {
     "BatchNorm3d": (lambda: nn.BatchNorm3d(3), (4, 3, 2, 2, 2)),
     "BatchNorm1d": (lambda: nn.BatchNorm1d(3), (4, 3, 6)),
     "own BatchNorm2d": (lambda: freezekit.nn.BatchNorm2d(3), (4, 3, 4, 4)),
+    "own SyncBatchNorm": (lambda: freezekit.nn.SyncBatchNorm(3), (4, 3, 4, 4)),
     "no affine": (lambda: nn.BatchNorm2d(3, affine=False), (4, 3, 4, 4)),
     "momentum None": (lambda: nn.BatchNorm2d(3, momentum=None), (4, 3, 4, 4)),
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(3, affine=True, track_running_stats=True), (4, 3, 4, 4)),
@@ -362,7 +363,7 @@ def test_tied_names_are_all_listed() -> None:
 
 
 def test_own_and_torch_layers_freeze_to_the_same_interface() -> None:
-    for maker in (nn.BatchNorm2d, freezekit.nn.BatchNorm2d, nn.SyncBatchNorm):
+    for maker in (nn.BatchNorm2d, freezekit.nn.BatchNorm2d, nn.SyncBatchNorm, freezekit.nn.SyncBatchNorm):
         model = nn.Sequential(maker(3), nn.Conv2d(3, 3, 1))
         freeze(model, "0")
         assert model[0].frozen

@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "BatchNorm3d": (nn.BatchNorm3d, (2, 5, 3, 4, 5)),
     "SyncBatchNorm": (nn.SyncBatchNorm, (4, 5, 9, 7)),
     "own BatchNorm2d": (freezekit.nn.BatchNorm2d, (4, 5, 9, 7)),
+    "own SyncBatchNorm": (freezekit.nn.SyncBatchNorm, (4, 5, 9, 7)),
 }
 
 

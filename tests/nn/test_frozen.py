@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
     "own BatchNorm1d": (freezekit.nn.BatchNorm1d, (8, 5)),
     "own BatchNorm2d": (freezekit.nn.BatchNorm2d, (4, 5, 9, 7)),
     "own BatchNorm3d": (freezekit.nn.BatchNorm3d, (2, 5, 3, 4, 5)),
+    "own SyncBatchNorm": (freezekit.nn.SyncBatchNorm, (4, 5, 9, 7)),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -131,7 +131,7 @@ def test_derivatives(affine: bool) -> None:
 def test_what_cannot_be_batched_says_so() -> None:
     x = data((3, 2, 2)).requires_grad_()
     output = Forced(2)(x)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for c10d::allreduce_"):
         torch.autograd.grad(output, x, torch.ones(4, *output.shape), is_grads_batched=True)
     with pytest.raises(RuntimeError, match="setup_context"):
         torch.func.grad(lambda x: Forced(2)(x).sum())(x.detach())
@@ -182,6 +182,12 @@ def test_in_one_process_it_is_any_batch_norm() -> None:
         ordinary.load_state_dict(layer.state_dict())
         x = data(shape)
         assert_same(run(copy.deepcopy(layer), x), run(ordinary, x), 0)
+
+
+def test_a_torch_built_without_distributed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_available", lambda: False)
+    monkeypatch.delattr(dist, "is_initialized")
+    assert freezekit.nn.SyncBatchNorm(4)(data((3, 4))).shape == (3, 4)
 
 
 def test_ddp_on_the_cpu_refuses_torchs_class_which_is_why_this_is_none() -> None:
