@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import pytest
-from backbones import network, shard
+from backbones import SHARDS, network, shard
 from promises import Promises, Way, work
 from ranks import run
 
 from freezekit import freeze_backbone
 
+pytestmark = pytest.mark.skipif(not SHARDS, reason="fully_shard does not run on the CPU")
 WHOLE = partial(shard, reshard_after_forward=False)
 
 
