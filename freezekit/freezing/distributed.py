@@ -129,7 +129,8 @@ def _drop_gathered(model: nn.Module) -> None:
         groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
         for each in (p for group in groups for p in getattr(group, "fsdp_params", ())):
             if not each.sharded_param.requires_grad:
-                each.unsharded_accumulated_grad = None
+                if "unsharded_accumulated_grad" in vars(each):  # in torch 2.15 it is the one below
+                    each.unsharded_accumulated_grad = None
                 if hasattr(each, "_unsharded_param"):
                     each._unsharded_param.grad = None
 
