@@ -76,6 +76,7 @@ def changes_told(model: nn.Module) -> Iterator[None]:
         changed = {key: was for key, was in before.items() if now.get(key, was) is not was}
         for wrapper in _wrappers() if changed else ():
             _tell(wrapper, changed)
+        _drop_gathered(model)
 
 
 def _wrappers() -> list[DistributedDataParallel]:
@@ -100,10 +101,38 @@ def _tell(wrapper: DistributedDataParallel, changed: dict[int, bool]) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Have the modules of ``fully_shard`` show their sharded parameters, of which the others are made."""
-    for module in model.modules() if _in_use() else ():
+    """Have the modules of ``fully_shard`` show their sharded parameters, of which the others are made.
+
+    Raises:
+        FreezekitError: parameters were laid together into one, of which no part can be frozen.
+    """
+    for name, module in model.named_modules() if _in_use() else ():
+        if "_flat_param" in module._parameters:
+            raise FreezekitError(
+                "FullyShardedDataParallel has made one parameter of all in here, to be frozen as one",
+                where=name or type(module).__name__,
+                got="use_orig_params=False",
+                remedy="shard with torch.distributed.fsdp.fully_shard, or give use_orig_params=True",
+            )
         if holding.is_sharded(module):
-            module.reshard()  # type: ignore[operator]
+            module.reshard()
+
+
+def _drop_gathered(model: nn.Module) -> None:
+    """Drop the gradients that ``fully_shard`` keeps back for parameters which no longer train.
+
+    They come from ``set_requires_gradient_sync(False)``, would become ``.grad`` of the shards at the next
+    backward pass, and are nowhere else to be found.
+    """
+    for module in model.modules():
+        state: Any = module._get_fsdp_state() if holding.is_sharded(module) else None  # type: ignore[operator]
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for each in (p for group in groups for p in getattr(group, "fsdp_params", ())):
+            if not each.sharded_param.requires_grad:
+                if "unsharded_accumulated_grad" in vars(each):  # in torch 2.15 it is the one below
+                    each.unsharded_accumulated_grad = None
+                if hasattr(each, "_unsharded_param"):
+                    each._unsharded_param.grad = None
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+SHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+"""Whether fully_shard runs on the CPU: before, it asks for a stream there."""
+
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Return a convolutional network, nothing of it at its default, most sizes not to be divided evenly."""

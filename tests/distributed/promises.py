@@ -186,6 +186,23 @@ def accumulation(way: Way) -> dict[str, Any]:
     return found | {"expected": expected, "moved": moved(model, before)}
 
 
+def interrupted(way: Way) -> set[str] | None:
+    """Frozen in the middle of an accumulation, whose gradients are still kept back."""
+    if not way.wrap_first:
+        return None  # one would have to wrap in the middle of it
+    model, x = network(), own_batch()
+    outer = way.wrap(model)
+    at_work = torch.optim.SGD(model.parameters(), lr=0.1)
+    outer.set_requires_gradient_sync(False)
+    loss(outer, x).backward()
+    way.freeze(model)
+    before = bits(model)
+    outer.set_requires_gradient_sync(True)
+    loss(outer, x).backward()
+    at_work.step()
+    return moved(model, before)
+
+
 def _assigned(model: nn.Module, outer: nn.Module, x: Tensor) -> None:
     for module in outer.modules():
         module.training = True
@@ -332,11 +349,11 @@ def interchange(way: Way) -> dict[str, Any]:
 PROMISES: dict[str, Callable[[Way], Any]] = {
     f.__name__: f
     for f in (
-        state, behaviour, gradient, optimizer, handed, accumulation, survival, reversible, interchange,
-        reloaded,
+        state, behaviour, gradient, optimizer, handed, accumulation, interrupted, survival, reversible,
+        interchange, reloaded,
     )
 }  # fmt: skip
-CONTROLLED = ("state", "behaviour", "gradient", "optimizer", "survival")
+CONTROLLED = ("state", "behaviour", "gradient", "optimizer", "interrupted", "survival")
 
 
 def work(rank: int, ways: dict[str, Way], naive: Way) -> dict[tuple[str, str], Any]:
@@ -428,6 +445,12 @@ class Promises:
             assert (one["during"], one["moved"], one["order"]) == (2, HEAD, True)
             assert {name for name, same in one["momenta"].items() if not same} == HEAD
             assert one["at last"] == BACKBONE | HEAD
+
+    def test_4_gradients_kept_back_from_before_cannot_move_it(self, ranks: list[Any]) -> None:
+        for _, found in self.each(ranks, "interrupted"):
+            assert found in (None, HEAD)
+        naive = ranks[0].get(("interrupted", "naive"))
+        assert naive is None or naive > {name for name in BACKBONE if name.endswith("0.weight")}
 
     def test_naive_freezing_survives_nothing(self, ranks: list[Any]) -> None:
         for rank in ranks:

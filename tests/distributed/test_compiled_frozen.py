@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import batch, bits, gradients, joined, loss, network, shard
+from backbones import SHARDS, batch, bits, gradients, joined, loss, network, shard
 from promises import HEAD, STATISTICS, moved
 from ranks import run
 from torch import nn
@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from freezekit import FreezekitError, freeze_backbone, trainable_parameters, unfreeze
 
 RANKS = 2
-WAYS = {"ddp": DistributedDataParallel, "fsdp": shard}
+WAYS = {"ddp": DistributedDataParallel} | ({"fsdp": shard} if SHARDS else {})
 UNFROZEN = "DistributedDataParallel: it would not synchronise what was unfrozen since it was made"
 
 
@@ -97,6 +97,7 @@ def test_compiled_a_wrapper_refuses_what_it_does_not_know(ranks: list[dict[Any, 
         assert rank["ddp", "unfrozen"].startswith(UNFROZEN)
 
 
+@pytest.mark.skipif(not SHARDS, reason="fully_shard does not run on the CPU")
 def test_compiled_shards_that_are_unfrozen_train_right(ranks: list[dict[Any, Any]]) -> None:
     for rank in ranks:
         expected = joined_gradients(unfrozen=True, head=rank["fsdp", "weights"])

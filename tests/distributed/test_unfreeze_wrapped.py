@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import SHARDS
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -261,6 +262,7 @@ SHARDED = [
     for first in ("freeze", "shard")
     for when in ("before a step", "after a step", "after a look")
     for reshard in (True, False)
+    if SHARDS
 ]
 
 
