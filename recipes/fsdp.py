@@ -7,7 +7,7 @@
 Freeze first, then shard. Each checkpoint of torch.distributed.checkpoint gets a folder of its own: .metadata
 comes last, so that a folder without it is known not to be whole, and the one before it is still there. What
 comes of each way is compared bit for bit, on each rank, with the weights that all started from.
-Needs: pip install 'freezekit[demo]'
+Needs: pip install 'freezekit[demo]', and on the CPU a torch whose fully_shard runs there (2.6 does not)
 """
 
 from __future__ import annotations
