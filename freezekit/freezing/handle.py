@@ -10,7 +10,7 @@ from torch import nn
 
 from freezekit.errors import SelectionError
 from freezekit.freezing import holding, optim
-from freezekit.freezing.distributed import changes_told
+from freezekit.freezing.distributed import changes_told, reshard
 from freezekit.freezing.folding import describe
 from freezekit.freezing.groups import orphans_of
 from freezekit.freezing.release import release_all, unfreeze
@@ -222,6 +222,7 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     [(2, 4), (2,)]
     """
     require_module(model)
+    reshard(model)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 

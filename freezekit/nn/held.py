@@ -52,6 +52,17 @@ class Held:
             child.train(mode)
         return self
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter; in the place of one that does not train, it does not train either.
+
+        Tensor parallelism puts a sharded parameter in the place of each, which in torch 2.6 would train.
+        """
+        module = cast("nn.Module", super())
+        old = self.__dict__["_parameters"].get(name)
+        module.register_parameter(name, param)
+        if old is not None and param is not None and not old.requires_grad:
+            param.requires_grad_(False)
+
 
 class _Made:
     """A module class made at run time from another."""

@@ -42,8 +42,8 @@ def remembered(
     other values of a larger tensor only, or any uncounted write on another device, where comparing would
     make the host wait.
 
-    Nothing is remembered while compiling or tracing or under a dispatch mode, and if a source trains what was
-    remembered is forgotten.
+    Nothing is remembered while compiling or tracing or under a dispatch mode, nor for a module that FSDP
+    gathers; and if a source trains what was remembered is forgotten.
 
     Args:
         module: whom it is remembered for; forgotten with it.
@@ -64,6 +64,8 @@ def remembered(
         forget(module)
         return form()
     if not runs_plainly():  # what is recorded or transformed can be neither compared nor kept
+        return form()
+    if hasattr(module, "_is_fsdp_managed_module"):  # gathered anew each time, uncounted, and not to be kept
         return form()
     known = _formed.get(module)
     if known is not None and known[0] == eps and _unchanged(known[1], sources):

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+SHARDS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 7)
+"""Whether fully_shard runs on the CPU: before, it asks for a stream there."""
+
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Return a convolutional network, nothing of it at its default, most sizes not to be divided evenly."""
@@ -52,11 +55,16 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def bits(model: nn.Module) -> dict[str, str]:
-    """A digest of every parameter and buffer as it is on this rank, persistent or not."""
+def reshard(model: nn.Module) -> None:
+    """Have the parts of a model show their shards, which after a forward alone some do not."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def bits(model: nn.Module) -> dict[str, str]:
+    """A digest of every parameter and buffer, persistent or not."""
+    reshard(model)
     return {
         name: hashlib.sha256(whole(t).reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, t in (*model.named_parameters(), *model.named_buffers())

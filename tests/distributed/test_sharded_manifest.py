@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from backbones import batch, loss, network, shard
+from backbones import SHARDS, batch, loss, network, shard
 from ranks import run
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from freezekit import FreezekitError, Manifest, freeze_backbone, is_frozen, unfreeze
 
+pytestmark = pytest.mark.skipif(not SHARDS, reason="fully_shard does not run on the CPU")
 HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 WAYS: dict[str, dict[str, Any]] = {
     "resharded": {"reshard_after_forward": True},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from backbones import SHARDS
 from ranks import run
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -161,16 +162,6 @@ def of_a_part(x: Tensor) -> str:
     return refusal(ddp, x)
 
 
-def compiled(x: Tensor) -> str:
-    model, _, ddp = wrapped()
-    torch.compiler.reset()
-    fast = torch.compile(ddp, backend="eager")
-    backward(fast, x)
-    backward(fast, x)
-    unfreeze(model, "1")
-    return refusal(fast, x)
-
-
 def copied(x: Tensor) -> str:
     model, _, ddp = wrapped()
     unfreeze(model, "1")
@@ -189,7 +180,7 @@ REFUSED: dict[str, Callable[[Tensor], str]] = {
     function.__name__: function
     for function in (
         by_unfreeze, by_method, by_undo, by_leaving, by_schedule, by_moving_the_border, by_hand_and_unfreeze,
-        of_a_part, compiled, copied, frozen_later,
+        of_a_part, copied, frozen_later,
     )
 }  # fmt: skip
 
@@ -271,6 +262,7 @@ SHARDED = [
     for first in ("freeze", "shard")
     for when in ("before a step", "after a step", "after a look")
     for reshard in (True, False)
+    if SHARDS
 ]
 
 
