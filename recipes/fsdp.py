@@ -44,7 +44,7 @@ NAIVE, FROZEN = "requires_grad=False", "freeze_backbone"
 BATCH = 4  # on each rank
 STAGE = "backbone.2.0.weight"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-PATIENCE = 100  # seconds, for all of it
+PATIENCE = 300  # seconds, for all of it
 
 
 def network() -> nn.Module:
