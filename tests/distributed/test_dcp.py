@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,26 @@ def test_the_command_line_says_the_same(saved: Path, name: str) -> None:
             assert [outcome.exit_code for outcome in outcomes] == [int(name in DRIFTED)] * 2
             of_folder, of_file = outcomes[0].stdout, outcomes[1].stdout
             assert of_folder.split() == of_file.replace(str(file), str(folder)).split()
+
+
+def test_a_run_of_folders_is_that_of_its_gathered_files(saved: Path, tmp_path: Path) -> None:
+    """The second drifted; what a crash left between them is told of."""
+    for step, name in (1, "fsdp"), (2, "drifted"):
+        shutil.copytree(saved / "2" / name, tmp_path / "run" / f"step-{step}")
+        (tmp_path / "files").mkdir(exist_ok=True)
+        shutil.copy(saved / "2" / f"{name}.pt", tmp_path / "files" / f"step-{step}.pt")
+    base = saved / "base.pt"
+    texts = [audit_checkpoint(tmp_path / run, against=base).to_json() for run in ("run", "files")]
+    texts = [text.replace(f"{tmp_path}/run", "RUN").replace(f"{tmp_path}/files", "RUN") for text in texts]
+    assert texts[0] == texts[1].replace("RUN/step-1.pt", "RUN/step-1").replace("RUN/step-2.pt", "RUN/step-2")
+    found = json.loads(texts[0])
+    assert [checkpoint["step"] for checkpoint in found["checkpoints"]] == [1, 2]
+    assert {finding["name"] for finding in found["findings"]} == {"1", "4"}
+    shutil.copytree(tmp_path / "run" / "step-2", tmp_path / "run" / "step-3")
+    (tmp_path / "run" / "step-2" / ".metadata").unlink()
+    report = audit_checkpoint(tmp_path / "run", against=base)
+    assert [checkpoint.step for checkpoint in report.checkpoints] == [1, 3]
+    assert any("left out" in note and "step-2: a half-written" in note for note in report.notes)
 
 
 def test_a_folder_is_restored_as_a_file(saved: Path, tmp_path: Path) -> None:
