@@ -5,8 +5,8 @@
     torchrun --standalone --nproc-per-node 4 recipes/ddp.py    # the same; on GPUs (nccl) where there are four
 
 Freeze first, then wrap: DDP waits for a gradient of every parameter that required one when it was made. To
-unfreeze later, unfreeze, then wrap anew. What comes of each way is compared bit for bit, on each rank, with
-the weights that all started from and with the other ranks.
+unfreeze later, unfreeze, then wrap anew, as the last way goes on to do. What comes of each way is compared
+bit for bit, on each rank, with the weights that all started from and with the other ranks.
 Needs: pip install 'freezekit[demo]'
 """
 
@@ -34,7 +34,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from freezekit import DriftAuditor, check, freeze_backbone, trainable_parameters
+from freezekit import DriftAuditor, Freeze, FreezekitError, check, freeze_backbone, trainable_parameters
 
 NAIVE, ALONE, EVAL, FROZEN = (
     "requires_grad=False",
@@ -43,6 +43,7 @@ NAIVE, ALONE, EVAL, FROZEN = (
     "freeze_backbone",
 )
 BATCH = 4  # on each rank
+CONVOLUTION = "backbone.6.weight"
 SAID = {NAIVE: ["FK301", "FK317"], ALONE: ["FK301"], EVAL: ["FK305", "FK317"], FROZEN: []}
 """What freezekit.check says before training."""
 PATIENCE = 100  # seconds, for all of it
@@ -95,7 +96,7 @@ def finetune(
     model.load_state_dict(base)  # the same on every rank
     nn.init.zeros_(model.head.weight)
     if way == FROZEN:
-        freeze_backbone(model)
+        handle = freeze_backbone(model)
     else:
         model.backbone.requires_grad_(False)
     ddp = DistributedDataParallel(model)
@@ -116,7 +117,7 @@ def finetune(
             optimizer.zero_grad()
             F.cross_entropy(ddp(x), y).backward()
             optimizer.step()
-    after = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    after = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
     return {
         "after": after,
         "differ": {n for n in base if n.startswith("backbone.") and not torch.equal(base[n], after[n])},
@@ -124,6 +125,36 @@ def finetune(
         "warned": sorted(warned),
         "in_buckets": [name for name, p in model.named_parameters() if id(p) in in_buckets],
         "accuracy": accuracy(model, *test.tensors),
+        "unfrozen": go_on(ddp, handle, train, steps) if way == FROZEN else None,
+    }
+
+
+def go_on(
+    wrapped: DistributedDataParallel, handle: Freeze, train: TensorDataset, steps: int | None
+) -> dict[str, Any]:
+    """Unfreeze the last convolution, wrap anew, and train on."""
+    handle.unfreeze(CONVOLUTION)
+    model = handle.model
+    try:
+        wrapped(train.tensors[0][:BATCH])
+        refused = ""
+    except FreezekitError as error:  # it would leave the gradient of what is unfrozen to each rank alone
+        refused = str(error)
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    in_buckets: set[int] = set()
+    ddp.register_comm_hook(in_buckets, note_and_reduce)
+    optimizer = torch.optim.AdamW(trainable_parameters(model), lr=1e-3)
+    with DriftAuditor(model, optimizer, on_drift="record") as auditor:
+        loader = DataLoader(train, BATCH, sampler=DistributedSampler(train))
+        for x, y in itertools.islice(batches(loader, 1), steps):
+            optimizer.zero_grad()
+            F.cross_entropy(ddp(x), y).backward()
+            optimizer.step()
+    return {
+        "after": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "refused": refused,
+        "clean": auditor.report().clean,
+        "in_buckets": [name for name, p in model.named_parameters() if id(p) in in_buckets],
     }
 
 
@@ -156,6 +187,14 @@ def verify(ways: dict[str, list[dict[str, Any]]]) -> None:
         assert not equal(ALONE, rank, ALONE, 0, ["backbone.1.running_mean"])
         # a rank that was never in train mode gets what rank 0 did to its own
         assert {finding.cause.kind for finding in ways[EVAL][rank]["report"].findings} == {"broadcast"}
+    for one in ways[FROZEN]:
+        later, first = one["unfrozen"], ways[FROZEN][0]["unfrozen"]["after"]
+        assert "wrap the model anew" in later["refused"], later["refused"]
+        assert later["clean"]
+        assert later["in_buckets"] == [CONVOLUTION, "head.weight", "head.bias"]
+        moved = {name for name in first if not torch.equal(later["after"][name], one["after"][name])}
+        assert moved == set(later["in_buckets"])
+        assert all(torch.equal(later["after"][name], first[name]) for name in first)
     # what is broadcast, and saved in the end, was computed from rank 0's share of the data alone
     assert equal(NAIVE, 0, ALONE, 0, ways[NAIVE][0]["differ"])
 

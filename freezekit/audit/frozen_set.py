@@ -119,14 +119,18 @@ class _Compared:
 def _inferred(compared: _Compared) -> tuple[set[str], str]:
     """Take the layers for frozen whose trainable parameters stayed bit-identical, with their statistics."""
     frozen: set[str] = set()
-    kept = others = 0
+    kept = without = others = 0
     layers = compared.base.norm_layers()
     for layer in layers:
-        same = all(map(compared.same, compared.parameters(layer)))
+        parameters = compared.parameters(layer)
+        same = all(map(compared.same, parameters))
         missing = compared.missing(layer)
         kept += same and not missing
         if same or missing:
             frozen.update(compared.own[layer])
+        elif not any(name in compared.table for name in parameters):  # torch's ignore_frozen_params
+            without += 1
+            frozen.update(name for name in compared.own[layer] if name in compared.table)
     buffered = compared.buffered()
     if buffered and not all(map(compared.same, compared.every)):  # else nothing trained at all
         for layer in buffered:
@@ -138,6 +142,7 @@ def _inferred(compared: _Compared) -> tuple[set[str], str]:
     whole = "BN layer" if len(layers) == 1 else "BN layers"
     cast = " but for a cast" if compared.cast else ""
     how = f"{whole}{beside} kept their parameters bit for bit{cast}"
+    how += f", {without} {'is' if without == 1 else 'are'} saved without them" if without else ""
     return frozen, f"inferred: {kept} of {len(layers)} {how}"
 
 

@@ -145,7 +145,11 @@ def compare(
     counters = {name for name in absent if before[name].role == "num_batches_tracked"}
     if counters:
         notes.append(f"{len(counters)} num_batches_tracked are not in the file, and were not compared")
-    names -= tied | counters
+    parameters = {name for name in names if before[name].role == "parameter"}
+    left_out = parameters if parameters <= absent else set()
+    if left_out:
+        notes.append(f"none of the {len(left_out)} frozen parameters is in the file: not compared")
+    names -= tied | counters | left_out
     blind = [
         name for name in before if name in names and before[name].sha256 is None and _blind(before[name])
     ]

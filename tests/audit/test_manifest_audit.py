@@ -379,6 +379,27 @@ def test_a_manifest_beside_another_state_is_not_used(tmp_path: Path) -> None:
     assert scopes == ["statistics only", "as the manifest inside it says"]
 
 
+def test_frozen_parameters_that_were_not_saved(tmp_path: Path) -> None:
+    """As torch's ``StateDictOptions(ignore_frozen_params=True)`` has it: the statistics are there."""
+    state, manifest = little()
+    parameters = [tensor.name for tensor in manifest.tensors if tensor.role == "parameter"]
+    left = {name: tensor.clone() for name, tensor in state.items() if name not in parameters}
+    report = audit_checkpoint(save(left, tmp_path / "a.pth"), manifest=manifest)
+    assert (report.clean, report.compared) == (True, len(manifest.tensors) - len(parameters))
+    assert report.notes == (f"none of the {len(parameters)} frozen parameters is in the file: not compared",)
+    (mean,) = (name for name in left if name.endswith("running_mean"))
+    left[mean] += 1
+    report = audit_checkpoint(save(left, tmp_path / "a.pth"), manifest=manifest)
+    assert report.changed == (mean,)
+    base = audit_checkpoint(tmp_path / "a.pth", against=save(state, tmp_path / "base.pth"))
+    assert base.changed == (mean,)
+    scope = "inferred: 0 of 1 BN layer kept their parameters bit for bit, 1 is saved without them"
+    assert base.scope == scope
+    left[parameters[0]] = state[parameters[0]]  # not all were left out, so the others are missing
+    report = audit_checkpoint(save(left, tmp_path / "a.pth"), manifest=manifest)
+    assert {finding.name for finding in report.findings if finding.code == "FK105"} == set(parameters[1:])
+
+
 def test_what_cannot_be_read_does_not_pass(tmp_path: Path) -> None:
     state, manifest = little()
     state["conv.weight"] = state["conv.weight"].to_sparse()

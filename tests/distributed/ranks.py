@@ -50,7 +50,9 @@ def run(
         AssertionError: a rank raised (with its traceback), died, or did not end in time.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch._dynamo", "freezekit"])
+    context.set_forkserver_preload(
+        ["torch", "torch.distributed.checkpoint", "torch._dynamo", "pytest", "freezekit.hooks.loop"]
+    )
     with tempfile.TemporaryDirectory(prefix="freezekit-ranks-") as folder:
         processes = [
             context.Process(target=_work, args=(function, rank, world_size, folder, args), daemon=True)

@@ -30,6 +30,7 @@ from freezekit.errors import CheckpointError, FreezekitError
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard needs a GPU"),
     pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch"),
 ]
 
