@@ -15,6 +15,7 @@ from distributed.ranks import Dead, die, run
 from torch import nn
 
 from freezekit import DriftAuditor, DriftError, DriftWarning
+from freezekit.hooks.loop import DriftAudit
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -194,6 +195,20 @@ def again(rank: int) -> dict[str, Any]:
     return told(other, {"notes": [auditor.report().notes, other.report().notes]})
 
 
+def by_hook(rank: int) -> dict[str, Any]:
+    """The plain loop's hook, on which those of the frameworks are built."""
+    auditor, step = made()
+    audit = DriftAudit(ranks=2, on_drift="record")
+    audit.start(auditor.model)
+    step()
+    if rank == 1:
+        auditor.model[0].bias.data.add_(1)
+    step()
+    report = audit.finish()
+    assert report is not None
+    return {"found": [(f.code, f.name, f.step, f.ranks) for f in report.findings if f.code == "FK501"]}
+
+
 @pytest.mark.parametrize("on_drift", ["raise", "warn", "record"])
 def test_a_rank_that_hangs(on_drift: str) -> None:
     ranks = run(hanging, 3, on_drift)
@@ -293,6 +308,11 @@ def test_blocks_and_auditors_meet_anew() -> None:
             ("compared between 2 ranks 2 times, last after step 2",),
             ("compared between 2 ranks 1 time, last after step 1",),
         ]
+
+
+def test_by_a_hook() -> None:
+    for said in run(by_hook, 2):
+        assert said["found"] == [("FK501", "0.bias", 2, (1,))]
 
 
 def test_one_process_has_nothing_to_compare() -> None:
