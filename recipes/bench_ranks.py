@@ -10,7 +10,8 @@ line of under 100 bytes that a rank writes to the store at each interval is sent
 
 The model: gloo's all_gather goes round a ring, so a rank sends P - 1 records, each with its headers, in as
 many turns. Both lines, bytes and milliseconds over P - 1, are laid through what was measured at 2 and 4, and
-compared with what is measured at 8. Where there are more processes than cores, they wait for each other.
+compared with what is measured at 8. Where there are more processes than cores, they wait for each other: the
+time of more ranks, each on a machine of its own, is that of so many turns through a network.
 Needs: pip install 'freezekit[vision]'
 """
 
@@ -41,6 +42,8 @@ from freezekit.audit.live.meeting import Meeting
 
 MEASURED = (2, 4, 8)
 MODELLED = (16, 64, 256, 1024)
+TURN = 50e-6
+"""Seconds that a turn takes in a network of the field."""
 RECORD = 14
 """Numbers of 8 bytes that a rank sends."""
 
@@ -151,8 +154,17 @@ def main(steps: int) -> None:
     exchange = line(found[2]["exchange"], found[4]["exchange"])
     title = f"what a rank exchanges in an interval: one all_gather of {RECORD * 8} bytes"
     table = Table(title=title)
-    columns = ("ranks", "sent B\nmodel", "sent B\nmeasured", "received B\nmeasured", "exchange ms\nmodel",
-               "exchange ms\nmeasured", "B a step\nranks=10", "B a step\nranks=100")  # fmt: skip
+    columns = (
+        "ranks",
+        "sent B\nmodel",
+        "sent B\nmeasured",
+        "received B\nmeasured",
+        "exchange ms\nmodel",
+        "exchange ms\nmeasured",
+        f"ms at\n{TURN * 1e6:.0f} us a turn",
+        "B a step\nranks=10",
+        "B a step\nranks=100",
+    )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for world in (*MEASURED, *MODELLED):
@@ -165,6 +177,7 @@ def main(steps: int) -> None:
             f"{here[name][1]:,.0f}" if here else "",
             fitted or f"{exchange(world) * 1e3:.2f}",
             f"{here['exchange'] * 1e3:.2f}" if here else "",
+            f"{(world - 1) * TURN * 1e3:.2f}",
             f"{(here[name][0] if here else bytes_(world)) / 10:,.0f}",
             f"{(here[name][0] if here else bytes_(world)) / 100:,.0f}",
         )
