@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distributed.ranks import Dead, die, run
 from torch import nn
 
-from freezekit import DriftAuditor, DriftError, DriftWarning
+from freezekit import DriftAuditor, DriftError, DriftWarning, FreezekitError
 from freezekit.hooks.loop import DriftAudit
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
@@ -320,3 +320,17 @@ def test_one_process_has_nothing_to_compare() -> None:
     with auditor:
         step()
     assert auditor.report().notes == ("ranks=: there is one process, and nothing to compare",)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"ranks": 0}, r"ranks=: not a number of steps \(got 0\)"),
+        ({"ranks": True}, r"ranks=: not a number of steps \(got True\)"),
+        ({"timeout": 0}, r"timeout=: not a number of seconds \(got 0\)"),
+        ({"timeout": "60"}, r"timeout=: not a number of seconds \(got '60'\)"),
+    ],
+)
+def test_wrong_arguments(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(FreezekitError, match=says):
+        made(**how)
