@@ -263,7 +263,7 @@ class DriftAudit:
 
     Args:
         frozen: as for :class:`freezekit.DriftAuditor`, as are ``every``, ``on_drift``, ``watch``, ``keep``,
-            ``snapshot`` and ``probe``.
+            ``snapshot``, ``probe`` and ``ranks``.
         save: where to save the report at the end, as JSON for ``freezekit audit``; of several processes the
             first does.
 
@@ -291,10 +291,11 @@ class DriftAudit:
         keep: str = "device",
         snapshot: str = "copy",
         probe: int | None = None,
+        ranks: int | None = None,
         save: str | Path | None = None,
     ) -> None:
         self._how = {"frozen": frozen, "every": every, "on_drift": on_drift, "watch": watch, "keep": keep}
-        self._how |= {"snapshot": snapshot, "probe": probe}
+        self._how |= {"snapshot": snapshot, "probe": probe, "ranks": ranks}
         self._save = save
         self._training: frozenset[str] = frozenset()
         self.auditor: DriftAuditor | None = None

@@ -15,7 +15,12 @@ from torch import nn
 import freezekit
 from freezekit import DriftAuditor
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+pytestmark = [
+    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo"),
+    pytest.mark.skipif(
+        torch.__version__.startswith("2.6."), reason="this torch shards on accelerators alone"
+    ),
+]
 
 GUILTY, LAST = 3, 5
 

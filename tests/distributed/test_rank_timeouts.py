@@ -14,7 +14,8 @@ import torch.distributed as dist
 from distributed.ranks import Dead, die, run
 from torch import nn
 
-from freezekit import DriftAuditor, DriftError, DriftWarning
+from freezekit import DriftAuditor, DriftError, DriftWarning, FreezekitError
+from freezekit.hooks.loop import DriftAudit
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
 
@@ -194,6 +195,20 @@ def again(rank: int) -> dict[str, Any]:
     return told(other, {"notes": [auditor.report().notes, other.report().notes]})
 
 
+def by_hook(rank: int) -> dict[str, Any]:
+    """The plain loop's hook, on which those of the frameworks are built."""
+    auditor, step = made()
+    audit = DriftAudit(ranks=2, on_drift="record")
+    audit.start(auditor.model)
+    step()
+    if rank == 1:
+        auditor.model[0].bias.data.add_(1)
+    step()
+    report = audit.finish()
+    assert report is not None
+    return {"found": [(f.code, f.name, f.step, f.ranks) for f in report.findings if f.code == "FK501"]}
+
+
 @pytest.mark.parametrize("on_drift", ["raise", "warn", "record"])
 def test_a_rank_that_hangs(on_drift: str) -> None:
     ranks = run(hanging, 3, on_drift)
@@ -295,8 +310,27 @@ def test_blocks_and_auditors_meet_anew() -> None:
         ]
 
 
+def test_by_a_hook() -> None:
+    for said in run(by_hook, 2):
+        assert said["found"] == [("FK501", "0.bias", 2, (1,))]
+
+
 def test_one_process_has_nothing_to_compare() -> None:
     auditor, step = made()
     with auditor:
         step()
     assert auditor.report().notes == ("ranks=: there is one process, and nothing to compare",)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"ranks": 0}, r"ranks=: not a number of steps \(got 0\)"),
+        ({"ranks": True}, r"ranks=: not a number of steps \(got True\)"),
+        ({"timeout": 0}, r"timeout=: not a number of seconds \(got 0\)"),
+        ({"timeout": "60"}, r"timeout=: not a number of seconds \(got '60'\)"),
+    ],
+)
+def test_wrong_arguments(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(FreezekitError, match=says):
+        made(**how)

@@ -59,6 +59,7 @@ class Meeting:
     def __init__(self, timeout: float) -> None:
         self.timeout = timeout
         self._group: Any = None
+        self._sent: list[Tensor] = []
         self._store: Any = None
         self._key = ""
         self._round = self._step = 0
@@ -73,9 +74,7 @@ class Meeting:
         Raises:
             MissedError: not all came.
         """
-        everyone = [torch.empty_like(record) for _ in range(dist.get_world_size())]
-        self._exchange(step, lambda: dist.all_gather(everyone, record, group=self._group))
-        return [each.tolist() for each in everyone]
+        return [each.tolist() for each in self._exchange(step, record)]
 
     def share(self, item: Any, step: int) -> list[Any]:
         """Return what every rank gave, by rank: plain data of any size.
@@ -83,9 +82,12 @@ class Meeting:
         Raises:
             MissedError: not all came.
         """
-        everyone: list[Any] = [None] * dist.get_world_size()
-        self._exchange(step, lambda: dist.all_gather_object(everyone, item, group=self._group))
-        return everyone
+        mine = torch.frombuffer(bytearray(json.dumps(item).encode()), dtype=torch.uint8)
+        sizes = [size for (size,) in self.gather(torch.tensor([mine.numel()]), step)]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: mine.numel()] = mine
+        told = zip(self._exchange(step, padded), sizes, strict=True)
+        return [json.loads(bytes(each[:size].tolist())) for each, size in told]
 
     def leave(self, error: str | None = None) -> None:
         """Close this rank's end, waiting for nobody; the others will read that it has left.
@@ -99,11 +101,18 @@ class Meeting:
         with contextlib.suppress(Exception):  # the store may be gone, with the whole run
             self._post("left", f" with {_an(error)}" if error else "")
         self._store, self._key = None, ""
+        time.sleep(0.05)  # see _exchange
         with contextlib.suppress(Exception):  # the user may have destroyed it with all groups
             if group is not None and dist.is_initialized():
                 dist.destroy_process_group(group)
+        del group
+        self._sent = []
 
-    def _exchange(self, step: int, collective: Callable[[], object]) -> None:
+    def _exchange(self, step: int, mine: Tensor) -> list[Tensor]:
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        # until the group is gone: in torch 2.6 its threads, dropping the last of a collective, would wait for
+        # the GIL of the one who waits for the threads to end
+        self._sent = [mine, *everyone]
         began = time.monotonic()
         self._step = step
         try:
@@ -112,9 +121,10 @@ class Meeting:
             self._post("here")
             if self._group is None:
                 self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
-            collective()
+            dist.all_gather(everyone, mine, group=self._group)
         except RuntimeError as error:  # whatever breaks in torch.distributed is one
             raise self._missed(began, error) from error
+        return everyone
 
     def _open(self) -> None:
         global _opened
