@@ -384,11 +384,10 @@ def needs(extra: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
+        fix = f"pip install 'freezekit[{extra}]'"
+        where = f"freezekit.hooks.{extra}"
         raise FreezekitError(
-            f"{extra} cannot be imported",
-            where=f"freezekit.hooks.{extra}",
-            got=str(error),
-            remedy=f"pip install 'freezekit[{extra}]'",
+            f"{extra} cannot be imported", where=where, got=str(error), remedy=fix
         ) from error
 
 
