@@ -247,7 +247,7 @@ def test_files_refused(content: bytes, says: str, tmp_path: Path) -> None:
 def test_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         Manifest.load(tmp_path / "none.json")
-    with pytest.raises(CheckpointError, match="a directory"):
+    with pytest.raises(CheckpointError, match="a folder in which no checkpoint was found"):
         Manifest.load(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(CheckpointError, match="a FIFO"):
